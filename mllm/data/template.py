@@ -1,0 +1,301 @@
+"""Conversations to token ids and labels, through the checkpoint's own chat template.
+
+The template is rendered with marks in the places of the answers: what stands between the marks is the prompt, what
+stands at them is supervised. The text is tokenised once and labels are taken from character offsets, so there is no
+second tokenisation that could disagree with the first. N pictures, S tokens, H height, W width.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.text import Text
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
+from mllm.data.images import open_image
+from mllm.errors import UserError
+
+IGNORED = -100  # label of a token that is not supervised
+ANSWER = "\ue000answer\ue001"  # stands for an answer while the template is rendered; private-use characters
+PROBE = "probe"
+
+
+class Segment(NamedTuple):
+    """A stretch of rendered text."""
+
+    text: str
+    supervised: bool
+
+
+class ChatTemplate:
+    """Renders turns with a processor's chat template, whose habits it finds out by rendering probes.
+
+    Attributes:
+        closing: what ends an answer. The template's own end of turn, or the tokenizer's EOS where it has none
+            (llava-hf's template, made for prompts, has none; LLaVA was trained with EOS in that place).
+
+    Raises:
+        UserError: no template, no place for pictures in it, answers not shown, or nothing that could end an answer.
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self._tokenizer = processor.tokenizer
+        self._image_token: str = processor.image_token
+        self._template = processor.chat_template or processor.tokenizer.chat_template
+        if not self._template:
+            raise UserError("The processor has no chat template: give `chat_template` to mllm.build.")
+        self._find_image_form()
+        self._find_answer_form()
+
+    def segments(self, turns: Sequence[Turn], *, where: str) -> list[Segment]:
+        """The text of the turns; after a last question, up to where its answer begins.
+
+        Pictures are single image tokens. An answer's segment holds its text and what ends it.
+        """
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
+        rest, *after_answers = self._render(messages, prompt=turns[-1].role == "user").split(ANSWER)
+        if len(after_answers) != len(answers):
+            raise UserError(
+                f"{where}: the chat template shows {len(after_answers)} answers instead of {len(answers)}; "
+                "it must show the text of every turn once."
+            )
+        segments = []
+        for answer, after in zip(answers, after_answers, strict=True):
+            question = rest.removesuffix(self._lead)
+            segments += [Segment(question, False), Segment(rest[len(question) :] + answer + self.closing, True)]
+            rest = after.removeprefix(self.closing) if after.startswith(self.closing) else after.lstrip()
+        return [*segments, Segment(rest, False)]
+
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        # enable_thinking: templates of reasoning models then open and close an empty thought before every answer.
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self._template, add_generation_prompt=prompt, tokenize=False, enable_thinking=False
+        )
+
+    def _content(self, turn: Turn) -> str | list[dict[str, str]]:
+        """A turn as the template wants it, with pictures in the places of the `<image>` marks if it keeps them."""
+        if turn.role == "assistant":
+            return [_text_part(ANSWER)] if self._takes_parts else ANSWER
+        if not self._takes_parts:
+            return turn.text.replace(IMAGE_PLACE, self._image_token)
+        texts = turn.text.split(IMAGE_PLACE)
+        if self._images_first:
+            return [{"type": "image"}] * (len(texts) - 1) + [_text_part("".join(texts).strip())]
+        if self._separates_images:
+            texts = [texts[0], *(text.lstrip() for text in texts[1:])]
+        parts = [part for text in texts for part in ({"type": "image"}, _text_part(text))][1:]
+        return [part for part in parts if part["type"] == "image" or part["text"]]
+
+    def _find_image_form(self) -> None:
+        """Content as parts or as one string; whether pictures are moved to the front, or set apart by the template."""
+        image = {"type": "image"}
+        front = self._try([image, _text_part(PROBE)])
+        self._takes_parts = front is not None
+        if front is None:
+            if self._try(f"{self._image_token}\n{PROBE}") is None:
+                raise UserError(
+                    f"The chat template has no place for pictures: {self._image_token} is not in its output."
+                )
+            return
+        back = self._try([_text_part(PROBE), image]) or ""
+        self._images_first = back.find(self._image_token) < back.find(PROBE)
+        between = front[front.find(self._image_token) + len(self._image_token) : front.find(PROBE)]
+        self._separates_images = between != ""
+
+    def _try(self, content: str | list[dict[str, str]]) -> str | None:
+        """The rendered probe, or None if the template fails on it or does not show its picture and its text once."""
+        try:
+            text = self._render([{"role": "user", "content": content}], prompt=True)
+        except Exception:  # a Jinja template raises anything on content it does not know
+            return None
+        return text if text.count(self._image_token) == 1 and text.count(PROBE) == 1 else None
+
+    def _find_answer_form(self) -> None:
+        """What stands between the generation prompt and an answer (`_lead`), and what ends an answer (`closing`)."""
+        question, answer = Turn("user", PROBE), Turn("assistant", PROBE)
+        messages = [{"role": turn.role, "content": self._content(turn)} for turn in (question, answer)]
+        prompt = self._render(messages[:1], prompt=True)
+        before, found, after = self._render(messages).partition(ANSWER)
+        if not found or not before.startswith(prompt):
+            raise UserError(
+                "The chat template's generation prompt is not how a turn of the assistant begins, so that training and "
+                f"generation would differ: {prompt[-60:]!r} against {before[-60:]!r}. Give mllm.build another template."
+            )
+        self._lead = before.removeprefix(prompt)
+        special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        special -= {self._image_token, self._tokenizer.bos_token}
+        own_end = re.match(rf"\s*({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", after)
+        closing = own_end.group() if special and own_end else self._tokenizer.eos_token
+        if not closing:
+            raise UserError("Nothing ends an answer: neither the chat template nor the tokenizer has an end token.")
+        self.closing: str = closing
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+class ConversationEncoder:
+    """Turns a conversation into the tensors of one sample, its pictures loaded and processed.
+
+    Attributes:
+        stop_token_id: the token that ends every answer in training; generation is to stop at it.
+    """
+
+    def __init__(self, processor: ProcessorMixin, max_length: int | None = None) -> None:
+        """
+        Args:
+            processor: a LLaVA processor (tokenizer, image processor, chat template), as mllm.load gives it.
+            max_length: the most tokens a sample may have, image tokens included; None: no limit.
+
+        Raises:
+            UserError: the tokenizer is slow (it has no offsets), or its chat template does not serve training: see
+                `ChatTemplate`.
+        """
+        if not processor.tokenizer.is_fast:
+            raise UserError("Labels need character offsets, which only a fast tokenizer gives (tokenizer.json).")
+        self.processor = processor
+        self.max_length = max_length
+        self.template = ChatTemplate(processor)
+        self.stop_token_id = self._find_stop_token()
+        self._no_pixels = torch.zeros_like(blank_pixels(processor)[:0])
+
+    def encode(self, conversation: Conversation) -> dict[str, Any]:
+        """A training sample.
+
+        Returns:
+            input_ids, labels, attention_mask: int64 `[S]`; labels are -100 but for the answers and what ends them.
+            pixel_values: float32 `[N, 3, H, W]`, N = 0 without pictures.
+            domain, where: the conversation's own, for statistics and messages.
+
+        Raises:
+            UserError: more than `max_length` tokens, nothing supervised, or pictures and places differ in number;
+                `ImageError` for a picture that cannot be read. Each names the row.
+        """
+        sample = self._encode(conversation, conversation.turns)
+        if not (sample["labels"] != IGNORED).any():
+            raise UserError(f"{conversation.where}: no token is supervised; the row has no answer to learn from.")
+        return sample
+
+    def encode_prompt(self, conversation: Conversation) -> dict[str, Any]:
+        """The sample up to where its last answer begins, ready for generation; keys as those of `encode`.
+
+        A conversation that ends with a question is taken whole. Its ids are those that `encode` gives before the
+        answer.
+        """
+        turns = conversation.turns
+        return self._encode(conversation, turns[:-1] if turns[-1].role == "assistant" else turns)
+
+    def show(self, sample: dict[str, Any]) -> Text:
+        """The decoded sample for the eye: the supervised span green and underlined, image tokens as one mark."""
+        ids, labels = sample["input_ids"], sample["labels"]
+        is_image, supervised = ids == self.processor.image_token_id, labels != IGNORED
+        text = Text()
+        kinds = torch.stack([is_image, supervised])
+        run_starts = [0, *(1 + (kinds[:, 1:] != kinds[:, :-1]).any(0).nonzero().flatten()).tolist()]
+        for start, end in zip(run_starts, [*run_starts[1:], len(ids)], strict=True):
+            if is_image[start]:
+                text.append(f"[image × {end - start}]", style="cyan")
+            else:
+                piece = self.processor.tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+                text.append(piece, style="bold green underline" if supervised[start] else "")
+        ends = "supervised" if (labels == self.stop_token_id).any() else "not supervised"
+        text.append(
+            f"\n({len(ids)} tokens, {int(is_image.sum())} of them image; {int(supervised.sum())} supervised; "
+            f"end of answer {self.template.closing.strip()!r} {ends})",
+            style="dim",
+        )
+        return text
+
+    def _find_stop_token(self) -> int:
+        closing = self.template.closing.strip()
+        ids = self.processor.tokenizer(closing, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"The end of an answer, {closing!r}, must be one token of the tokenizer, not {len(ids)}.")
+        return ids[0]
+
+    def _encode(self, conversation: Conversation, turns: Sequence[Turn]) -> dict[str, Any]:
+        where = conversation.where
+        segments = self.template.segments(turns, where=where)
+        pixel_values, segments = self._place_images(conversation, segments)
+        input_ids, labels = self._tokenize(segments)
+        self._check(input_ids, segments, where)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": pixel_values,
+            "domain": conversation.domain,
+            "where": where,
+        }
+
+    def _place_images(self, conversation: Conversation, segments: list[Segment]) -> tuple[Tensor, list[Segment]]:
+        """Pixels `[N, 3, H, W]`, and the segments with each image token repeated as the processor's rule says."""
+        num_places = sum(segment.text.count(self.processor.image_token) for segment in segments)
+        if num_places != len(conversation.images):
+            raise UserError(
+                f"{conversation.where}: {num_places} places for pictures in the rendered text, but "
+                f"{len(conversation.images)} pictures. Put one {IMAGE_PLACE} per picture into the questions, and write "
+                f"no {self.processor.image_token} elsewhere."
+            )
+        if not conversation.images:
+            return self._no_pixels, segments
+        images = [open_image(path, where=conversation.where) for path in conversation.images]
+        processed = self.processor.image_processor(images, return_tensors="pt")
+        tokens = [self.processor.replace_image_token(processed, image_idx=index) for index in range(len(images))]
+        texts, _ = self.processor.get_text_with_replacements([segment.text for segment in segments], tokens)
+        expanded = [Segment(text, segment.supervised) for text, segment in zip(texts, segments, strict=True)]
+        return processed["pixel_values"], expanded
+
+    def _tokenize(self, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+        """ids and labels, int64 `[S]`; a token is supervised if it shares a character with a supervised segment."""
+        tokenizer = self.processor.tokenizer
+        text = "".join(segment.text for segment in segments)
+        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        tokens = tokenizer(
+            text,
+            add_special_tokens=not has_bos,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        starts, ends = np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        length = int(np.max(np.flatnonzero(ends), initial=-1)) + 1  # without an EOS that the tokenizer adds by itself
+        supervised = np.zeros(length, dtype=bool)
+        start = 0
+        for segment in segments:
+            end = start + len(segment.text)
+            if segment.supervised:
+                supervised |= (starts[:length] < end) & (ends[:length] > start)
+            start = end
+        input_ids = np.array(tokens["input_ids"], dtype=np.int64)[:length]
+        return torch.from_numpy(input_ids), torch.from_numpy(np.where(supervised, input_ids, IGNORED))
+
+    def _check(self, input_ids: Tensor, segments: list[Segment], where: str) -> None:
+        expected = sum(segment.text.count(self.processor.image_token) for segment in segments)
+        num_image = int((input_ids == self.processor.image_token_id).sum())
+        if num_image != expected:
+            raise UserError(
+                f"{where}: {expected} image tokens were placed but the tokenizer gives {num_image}; "
+                f"{self.processor.image_token} must be a special token of the tokenizer."
+            )
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            raise UserError(
+                f"{where}: {len(input_ids)} tokens ({num_image} of them image tokens), more than max_length "
+                f"{self.max_length}. Raise it, shorten the row or drop it."
+            )
+
+
+def blank_pixels(processor: ProcessorMixin) -> Tensor:
+    """One picture of zeros, as the image processor shapes it: float32 `[1, 3, H, W]`. Zero is the mean colour."""
+    size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
+    side = size["height"] if "height" in size else size["shortest_edge"]
+    blank = Image.new("RGB", (side, size.get("width", side)))
+    return torch.zeros_like(processor.image_processor([blank], return_tensors="pt")["pixel_values"])

@@ -1,0 +1,131 @@
+"""The report as one picture: scores per domain above, where each domain's tokens went below."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+# Okabe and Ito's colours, told apart by colour-blind readers too, after a grey for the first arm: the one to beat.
+_COLOURS = ("#8d99a6", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_INK, _FAINT = "#22303c", "#dde2e7"
+_TEXT = {"fontsize": 9, "color": _INK}
+_TITLE = {"fontsize": 11, "color": _INK, "fontweight": "bold", "loc": "left"}
+_MOST_NUMBERED_CELLS = 120
+
+
+def draw_report(report: dict, path: str | Path) -> None:
+    """Writes a PNG: a bar with its 95 % interval per domain and arm, in it a hollow bar for the blanked picture, and a
+    dashed line for the blind baseline; below, per routed arm and domain, the share of tokens by layer and expert.
+    """
+    heat_maps = {name: routing["shares"] for name, routing in report["routing"].items()}
+    heights = [4.0, *(_heat_height(shares) for shares in heat_maps.values())]
+    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained", facecolor="white")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_scores(parts[0].subplots(), report["arms"])
+    for part, (name, shares) in zip(parts[1:], heat_maps.items(), strict=True):
+        _draw_heat_maps(part, name, shares)
+    figure.savefig(path, dpi=160)
+
+
+def _draw_scores(axes: Axes, arms: Mapping[str, dict]) -> None:
+    columns = {name: [*arm["domains"].values(), arm["mean"]] for name, arm in arms.items()}
+    any_arm = next(iter(arms.values()))
+    width = min(0.8 / len(arms), 0.3)
+    for number, (name, figures) in enumerate(columns.items()):
+        centres = np.arange(len(figures)) + (number - (len(arms) - 1) / 2) * width
+        _draw_arm(axes, centres, 0.9 * width, figures, name, _COLOURS[number % len(_COLOURS)])
+    for place, figures in enumerate([*any_arm["domains"].values(), any_arm["mean"]]):
+        if figures["blind"] is not None:
+            axes.hlines(
+                100 * figures["blind"], place - 0.44, place + 0.44, _INK, linestyles=(0, (4, 2)), lw=1.3, zorder=5
+            )
+
+    labels = [f"{domain}\nn = {figures['n']:,}" for domain, figures in any_arm["domains"].items()]
+    axes.set_xticks(range(len(labels) + 1), [*labels, "mean\nover domains"], **_TEXT)
+    axes.axvline(len(labels) - 0.5, color=_FAINT, lw=1)
+    axes.set_ylim(0, 109)
+    axes.set_yticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)], **_TEXT)
+    axes.grid(axis="y", color=_FAINT, lw=0.8)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title("Score per domain, with 95 % intervals", **_TITLE)
+    axes.legend(
+        handles=_legend(arms),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),
+        ncols=len(arms) + 2,
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _draw_arm(axes: Axes, centres: np.ndarray, width: float, figures: list[dict], name: str, colour: str) -> None:
+    scores, lows, highs = (100 * np.array([each[key] for each in figures]) for key in ("score", "ci_low", "ci_high"))
+    axes.bar(centres, scores, width, color=colour, label=name, zorder=2)
+    # A percentile interval need not contain the score itself, and a whisker cannot have negative length.
+    whiskers = np.clip([scores - lows, highs - scores], 0, None)
+    axes.errorbar(centres, scores, whiskers, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=3, zorder=4)
+    for centre, score, high in zip(centres, scores, highs, strict=True):
+        axes.text(centre, max(score, high) + 1.2, f"{score:.0f}", ha="center", va="bottom", **_TEXT)
+    for centre, each in zip(centres, figures, strict=True):
+        if each["blanked"] is not None:
+            axes.bar(centre, 100 * each["blanked"], 0.6 * width, facecolor="white", edgecolor=colour, lw=1.4, zorder=3)
+
+
+def _legend(arms: Mapping[str, dict]) -> list[Patch | Line2D]:
+    handles: list[Patch | Line2D] = [
+        Patch(color=_COLOURS[number % len(_COLOURS)], label=name) for number, name in enumerate(arms)
+    ]
+    if any(arm["mean"]["blanked"] is not None for arm in arms.values()):
+        handles.append(Patch(facecolor="white", edgecolor=_INK, label="picture blanked"))
+    if any(arm["mean"]["blind"] is not None for arm in arms.values()):
+        handles.append(Line2D([], [], color=_INK, linestyle=(0, (4, 2)), lw=1.3, label="blind baseline"))
+    return handles
+
+
+def _heat_height(shares: Mapping[str, Mapping[str, list[float]]]) -> float:
+    """Inches."""
+    layers = max(len(by_layer) for by_layer in shares.values())
+    return min(1.1 + 0.26 * layers, 10.0)
+
+
+def _draw_heat_maps(figure: SubFigure, arm: str, shares: Mapping[str, Mapping[str, list[float]]]) -> None:
+    figure.suptitle(f"Share of tokens per expert, {arm}", x=0.01, ha="left", fontsize=11, color=_INK, fontweight="bold")
+    panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
+    most = max(share for by_layer in shares.values() for row in by_layer.values() for share in row)
+    for axes, (domain, by_layer) in zip(panels, shares.items(), strict=True):
+        drawn = _draw_heat_map(axes, domain, by_layer, most)
+    panels[0].set_ylabel("layer", **_TEXT)
+    bar = figure.colorbar(
+        drawn, ax=list(panels), fraction=0.03, pad=0.02, format=lambda share, _: f"{100 * share:.0f} %"
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
+
+
+def _draw_heat_map(axes: Axes, domain: str, by_layer: Mapping[str, list[float]], most: float) -> AxesImage:
+    table = np.array(list(by_layer.values()))
+    drawn = axes.imshow(table, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    axes.set_title(domain, **_TEXT)
+    axes.set_xticks(range(table.shape[1]), range(table.shape[1]), **_TEXT)
+    axes.set_yticks(range(table.shape[0]), [_layer_label(layer) for layer in by_layer], **_TEXT)
+    axes.set_xlabel("expert", **_TEXT)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if table.size <= _MOST_NUMBERED_CELLS:
+        for (row, column), share in np.ndenumerate(table):
+            colour = "white" if share > 0.6 * most else _INK
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    return drawn
+
+
+def _layer_label(layer: str) -> str:
+    """The number in a name like `model.language_model.layers.3.mlp`."""
+    numbers = re.findall(r"\d+", layer)
+    return numbers[-1] if numbers else layer

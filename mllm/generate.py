@@ -1,0 +1,257 @@
+"""Answers from a model: to a whole question set in batches, or to one chat message piece by piece.
+
+Both go the way of a training sample, so a model is asked exactly as it was taught. B batch, S sequence.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    BatchFeature,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
+
+from mllm.data.collate import Collator
+from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
+from mllm.data.template import ConversationEncoder
+from mllm.errors import UserError
+
+THREAD_NAME = "mllm-generate"
+CHAT = "chat"  # stands for a row in messages
+
+
+def answer(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    blank: bool = False,
+    progress: bool = True,
+    on_batch: Callable[[list[str]], None] | None = None,
+) -> list[str]:
+    """The model's greedy replies to the last question of each conversation, in the order given.
+
+    Args:
+        batch_size: questions answered at once, left-padded; those of similar length together, the longest first.
+        max_new_tokens: the most tokens of a reply.
+        blank: whether every picture is replaced by one of the mean colour, to see what the model knows without it.
+        progress: whether to show a bar with rate and remaining time.
+        on_batch: called once a batch, right after the prompts went through the model, with the domain of each row;
+            at that moment `mllm.mole.routing_context(model)` holds the routing of the prompts.
+
+    Raises:
+        UserError: a prompt does not fit the model; `ImageError`: a picture cannot be read. Both name the row.
+    """
+    encoder, collate = ConversationEncoder(processor), Collator(processor, side="left")
+    order = _longest_first(conversations, processor)
+    replies = [""] * len(conversations)
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(order), unit=" questions", desc="answering", disable=not progress) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = collate([encoder.encode_prompt(conversations[row]) for row in rows])
+                if blank:
+                    batch["pixel_values"] = torch.zeros_like(batch["pixel_values"])
+                texts = _answer_batch(model, processor, encoder, batch, max_new_tokens, on_batch)
+                for row, text in zip(rows, texts, strict=True):
+                    replies[row] = text
+                bar.update(len(rows))
+    finally:
+        model.train(was_training)
+    return replies
+
+
+def _longest_first(conversations: Sequence[Conversation], processor: ProcessorMixin) -> list[int]:
+    """Rows by falling prompt length, so that a batch too large for memory fails at once and not at the end.
+
+    Every picture takes the same number of tokens, so counting pictures and the text's tokens spares reading the files.
+    """
+
+    def length(row: int) -> tuple[int, int]:
+        text = " ".join(turn.text for turn in conversations[row].turns)
+        return len(conversations[row].images), len(processor.tokenizer(text)["input_ids"])
+
+    return sorted(range(len(conversations)), key=length, reverse=True)
+
+
+def _answer_batch(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    encoder: ConversationEncoder,
+    batch: dict[str, Any],
+    max_new_tokens: int,
+    on_batch: Callable[[list[str]], None] | None,
+) -> list[str]:
+    domains, longest = batch["domains"], int(batch["attention_mask"].sum(1).argmax())
+    prompt_length = batch["input_ids"].shape[1]
+    settings = _settings(
+        model, encoder, prompt_length=prompt_length, where=batch["wheres"][longest], max_new_tokens=max_new_tokens
+    )
+    after_prefill = [_AfterPrefill(lambda: on_batch(domains))] if on_batch else []
+    ids_BS = model.generate(**_inputs(model, batch), generation_config=settings, logits_processor=after_prefill)
+    texts = processor.batch_decode(ids_BS[:, prompt_length:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def stream(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    images: Sequence[Image.Image] = (),
+    max_new_tokens: int = 256,
+    stop: threading.Event,
+    temperature: float = 0.0,
+) -> Iterator[str]:
+    """Yields the reply to a chat in pieces as it is written.
+
+    The generation runs in a thread of its own and ends with this iterator: when `stop` is set, when the iterator is
+    closed, or when the reply is complete. Afterwards the thread is gone.
+
+    Args:
+        messages: `{"role": "user" | "assistant", "content": …}`, content a string with an `<image>` mark for each
+            picture, or a list of `{"type": "image"}` and `{"type": "text", "text": …}`.
+        images: RGB pictures, in the order of their marks.
+        temperature: 0 is greedy.
+
+    Raises:
+        UserError: marks and pictures differ in number, or the conversation does not fit the model. Whatever fails in
+            the thread is raised here.
+    """
+    encoder = ConversationEncoder(processor)
+    prompt = _encode_chat(processor, encoder, messages, images)
+    settings = _settings(
+        model,
+        encoder,
+        prompt_length=prompt["input_ids"].shape[1],
+        where=CHAT,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    abandoned = threading.Event()
+    failures: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            model.generate(
+                **_inputs(model, prompt),
+                generation_config=settings,
+                streamer=streamer,
+                stopping_criteria=[_StopWhenSet(stop, abandoned)],
+            )
+        except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+            failures.append(error)
+            streamer.on_finalized_text("", stream_end=True)
+
+    thread = threading.Thread(target=generate, name=THREAD_NAME, daemon=True)
+    thread.start()
+    try:
+        yield from filter(None, streamer)
+    finally:
+        abandoned.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _encode_chat(
+    processor: ProcessorMixin,
+    encoder: ConversationEncoder,
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[Image.Image],
+) -> BatchFeature:
+    turns = [Turn(message["role"], _text_of(message["content"])) for message in messages]
+    text = "".join(segment.text for segment in encoder.template.segments(turns, where=CHAT))
+    if (marks := text.count(processor.image_token)) != len(images):
+        raise UserError(f"{CHAT}: {marks} {IMAGE_PLACE} marks for {len(images)} pictures; each picture needs one mark.")
+    has_bos = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
+    return processor(text=[text], images=list(images) or None, add_special_tokens=not has_bos, return_tensors="pt")
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(IMAGE_PLACE if part["type"] == "image" else part["text"] for part in content)
+
+
+def _inputs(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the model reads of a batch, on its device; pixels in its precision."""
+    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    if "pixel_values" in batch:
+        inputs["pixel_values"] = batch["pixel_values"].to(model.device, model.dtype)
+    return inputs
+
+
+def _settings(
+    model: PreTrainedModel | PeftModel,
+    encoder: ConversationEncoder,
+    *,
+    prompt_length: int,
+    where: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> GenerationConfig:
+    """Plain greedy decoding or sampling, whatever habits the checkpoint's own generation config has.
+
+    A reply ends at the token that ended answers in training, or at the checkpoint's own, or where the room ends.
+    """
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and prompt_length >= room:
+        raise UserError(
+            f"{where}: {prompt_length} tokens of prompt, but the model holds {room}, the reply included. Shorten it."
+        )
+    own = model.generation_config.eos_token_id
+    ends = {encoder.stop_token_id, *([] if own is None else [own] if isinstance(own, int) else own)}
+    tokenizer = encoder.processor.tokenizer
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - prompt_length),
+        min_new_tokens=0,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature > 0 else 50,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+
+
+class _AfterPrefill(LogitsProcessor):
+    """Calls back once, between the pass over the prompts and that of the first new token."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.call:
+            self.call()
+            self.call = None
+        return scores
+
+
+class _StopWhenSet(StoppingCriteria):
+    def __init__(self, *events: threading.Event) -> None:
+        self.events = events
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        stop = any(event.is_set() for event in self.events)
+        return torch.full((len(input_ids),), stop, device=input_ids.device)

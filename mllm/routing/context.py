@@ -1,0 +1,155 @@
+"""Which tokens a forward pass carries, and what every router decided about them.
+
+B batch, S sequence, T = B·S tokens in row order, L routed layers, X experts, K picks.
+One RoutingContext a model: the model's pre-forward hook fills in the tokens, the layers hand in their routings, losses,
+statistics and the demo read both afterwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.errors import UserError
+from mllm.routing.routing import Routing
+
+
+class RoutingContext:
+    """The tokens and routings of the last forward pass.
+
+    Attributes, all of the last forward and kept until the next one (recomputation in backward needs them):
+      batch_size, sequence_length  B and S of the tokens of this call (S = 1 in a decode step with a cache)
+      is_image_T  [T] bool, True where the token stands for a picture patch; None when a model with pictures was called
+                  with embeddings instead of ids, so that nobody can tell
+      is_pad_T    [T] bool, True where a two-dimensional attention mask is 0; without such a mask, nowhere
+      sample_T    [T] int64, the row of the batch a token belongs to
+      routings    layer name -> Routing, in the order the layers ran
+
+    Recording is on only while the model's forward runs, so activation checkpointing does not record twice.
+    """
+
+    def __init__(self, image_token_id: int | None = None) -> None:
+        self.image_token_id = image_token_id
+        self._forget()
+
+    def _forget(self) -> None:
+        self.batch_size = self.sequence_length = 0
+        self.is_image_T: Tensor | None = None
+        self.is_pad_T: Tensor | None = None
+        self.sample_T: Tensor | None = None
+        self.routings: dict[str, Routing] = {}
+        self._recording = False
+        self._expects_gradient = False
+        self._hooks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model starts without the last batch: tensors inside a graph cannot be copied.
+        return {"image_token_id": self.image_token_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    # -- where the tokens come from ------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Follow `model`, the Hugging Face model itself: `PeftModel.generate` does not pass through
+        `PeftModel.forward`.
+        """
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Stop following the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = kwargs
+        if args:
+            inputs = kwargs | inspect.signature(model.forward).bind_partial(*args).arguments
+        self.begin(
+            input_ids=inputs.get("input_ids"),
+            inputs_embeds=inputs.get("inputs_embeds"),
+            attention_mask=inputs.get("attention_mask"),
+            expects_gradient=model.training and torch.is_grad_enabled(),
+        )
+
+    def _after_forward(self, *_: Any) -> None:
+        self.end()
+
+    def begin(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Any = None,
+        expects_gradient: bool = False,
+    ) -> None:
+        """Start a forward: take the tokens, drop the last routings, record from now on.
+
+        input_ids [B, S] or inputs_embeds [B, S, D] · attention_mask [B, >= S]: in a decode step with a cache it covers
+        the past too, and its last S columns are this call's. Masks of any other shape say nothing about padding here.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        self.routings, self._recording, self._expects_gradient = {}, True, expects_gradient
+        if tokens is None:
+            self.is_image_T = self.is_pad_T = self.sample_T = None
+            self.batch_size = self.sequence_length = 0
+            return
+        self.batch_size, self.sequence_length = tokens.shape[:2]
+        num_tokens = self.batch_size * self.sequence_length
+        rows = torch.arange(self.batch_size, device=tokens.device)
+        self.sample_T = rows.repeat_interleave(self.sequence_length)
+        nowhere_T = torch.zeros(num_tokens, dtype=torch.bool, device=tokens.device)
+        if self.image_token_id is None:
+            self.is_image_T = nowhere_T
+        else:
+            self.is_image_T = None if input_ids is None else (input_ids == self.image_token_id).flatten()
+        self.is_pad_T = nowhere_T
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            self.is_pad_T = (attention_mask[:, -self.sequence_length :] == 0).flatten().to(tokens.device)
+
+    def end(self) -> None:
+        """End the forward: what runs from now on is recomputation and is not recorded."""
+        self._recording = False
+
+    # -- where the routings go -----------------------------------------------------------------------------------------
+
+    def record(self, layer: str, routing: Routing, *, trainable: bool) -> None:
+        """Keep `routing` under the layer's name, unless this is recomputation.
+
+        Raises UserError when a trainable router's record carries no gradient in training: re-entrant activation
+        checkpointing runs the forward without a graph, and every routing loss would silently do nothing.
+        """
+        if not self._recording:
+            return
+        if self._expects_gradient and trainable and not routing.router_probs_TX.requires_grad:
+            raise UserError(
+                f"The routing of {layer} carries no gradient although the model is training. This is what re-entrant "
+                "activation checkpointing does, and under it routing losses would silently do nothing. Use the "
+                "non-reentrant kind: use_reentrant=False."
+            )
+        if self.sample_T is not None and len(routing.expert_ids_TK) != len(self.sample_T):
+            raise UserError(
+                f"{layer} routed {len(routing.expert_ids_TK)} tokens, but the model was called with {self.batch_size} "
+                f"x {self.sequence_length}: inside a model that drops or adds positions nobody can tell which token is "
+                "which. Such a model is not supported."
+            )
+        self.routings[layer] = routing
+
+    # -- what readers ask for ------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the routed layers, in running order."""
+        return list(self.routings)
+
+    def stack(self, field: str) -> Tensor:
+        """One field of Routing over all layers, e.g. stack("router_probs_TX") -> [L, T, X]."""
+        return torch.stack([getattr(routing, field) for routing in self.routings.values()])

@@ -1,0 +1,135 @@
+"""The page's own logic, without a browser."""
+
+import json
+import os
+import re
+import threading
+import urllib.request
+
+import pytest
+
+from demo import app as page
+from demo.__main__ import main
+from demo.app import build_app, launch
+from demo.session import ChatSession, Message
+from mllm.errors import UserError
+from tests.tiny import tiny_image, tiny_llava, write_tiny_llava
+
+
+class Scripted(ChatSession):
+    """A session that says given texts, then fails if it is to."""
+
+    def __init__(self, *texts, error=None):
+        self.texts, self.error = texts, error
+
+    def reply(self, messages, **_):
+        yield from self.texts
+        if self.error:
+            raise self.error
+
+
+def question(text="What?", *pictures):
+    files = [{"type": "file", "file": {"path": str(path)}} for path in pictures]
+    return {"role": "user", "content": [*files, {"type": "text", "text": text}]}
+
+
+def answer(session, history):
+    return list(page._answer(session, history, threading.Event(), 0.0, 8))
+
+
+def test_an_error_before_any_text_puts_the_question_back_into_the_box():
+    ((history, box, notice),) = answer(Scripted(error=UserError("too long")), [question("What?", "a.png")])
+    assert history == []
+    assert box["value"] == {"text": "What?", "files": ["a.png"]}
+    assert "too long" in notice["value"]
+    assert notice["visible"]
+
+
+def test_an_unexpected_failure_keeps_the_text_and_says_so_without_a_trace():
+    *_, (_, box, notice) = answer(Scripted("two", "two cells", error=RuntimeError("<lost>")), [question()])
+    assert box["interactive"]
+    assert "RuntimeError: &lt;lost&gt;" in notice["value"]
+    assert "Traceback" not in notice["value"]
+
+
+def test_an_empty_answer_is_said_to_be_empty():
+    ((_, _, notice),) = answer(Scripted(), [question()])
+    assert "empty answer" in notice["value"]
+
+
+def test_retry_asks_the_last_question_again_with_its_pictures():
+    told = [question("First?"), {"role": "assistant", "content": "1"}, question("Next?", "a.png")]
+    history, _, _, stop = page._retry([*told, {"role": "assistant", "content": "2"}])
+    assert history == told
+    assert not stop.is_set()
+
+
+def test_undo_takes_back_the_last_turn_alone():
+    told = [question("First?"), {"role": "assistant", "content": [{"type": "text", "text": "1"}]}]
+    history, box, _ = page._undo([*told, question("Next?", "a.png"), {"role": "assistant", "content": "2"}])
+    assert history == told
+    assert box["value"] == {"text": "Next?", "files": ["a.png"]}
+
+
+def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    history, box, notice, stop = page._begin(Scripted(), [], {"text": "What?", "files": [str(bad)]})
+    assert "bad.png" in notice["value"]
+    assert stop is None
+    assert "value" not in history
+    assert "value" not in box
+
+
+def test_one_generation_at_a_time_through_one_queue():
+    app = build_app(Scripted(), model="tiny")
+    queued = [fn for fn in app.fns.values() if fn.queue and fn.fn is not None]
+    assert queued
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == {("model", 1)}
+
+
+def test_nothing_of_the_page_is_reported_or_callable_from_outside():
+    app = build_app(Scripted(), model="tiny")
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert not app.analytics_enabled
+    assert {fn.api_visibility for fn in app.fns.values() if fn.fn is not None} == {"private"}
+
+
+@pytest.fixture
+def served(tmp_path):
+    tiny_image().save(tmp_path / "red.png")
+    examples = [Message("user", "What colour?", (tmp_path / "red.png",))]
+    app = build_app(ChatSession(*tiny_llava()), model="tiny", adapter="runs/<x>", examples=examples)
+    yield launch(app, port=None)
+    app.close()
+
+
+def test_the_head_names_model_and_adapter_and_the_page_offers_the_examples(served):
+    with urllib.request.urlopen(served + "config") as answer:
+        config = json.load(answer)
+    assert "Model <code>tiny</code> · adapter <code>runs/&lt;x&gt;</code>" in json.dumps(config, ensure_ascii=False)
+    assert "What colour?" in json.dumps(config)
+    assert re.match(r"http://127\.0\.0\.1:\d+/$", served)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "{tiny}", "--adapter", "no/such/adapter"], "no/such/adapter"),
+        (["--model", "{tiny}", "--examples", "no/such.json"], "no/such.json"),
+    ],
+    ids=["model", "adapter", "examples"],
+)
+def test_a_wrong_option_ends_the_command_with_one_clear_line(options, message, tmp_path, capsys):
+    tiny = write_tiny_llava(tmp_path / "tiny")
+    assert main([option.format(tiny=tiny) for option in options]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^error: .*{message}", error, re.MULTILINE)
+    assert "Traceback" not in error
+
+
+def test_a_taken_port_is_named(served):
+    port = int(served.rstrip("/").rsplit(":", 1)[1])
+    with pytest.raises(UserError, match=f"port {port}.*--port"):
+        launch(build_app(Scripted(), model="tiny"), port=port)

@@ -1,0 +1,219 @@
+"""The chat as a person uses it: the real page in headless Chromium, a tiny model behind it."""
+
+import json
+import shutil
+from urllib.parse import urlsplit
+
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from demo.app import build_app, launch
+from demo.session import ChatSession
+from tests.demo.talker import Talker
+from tests.tiny import tiny_image, tiny_llava
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+SWITCHES = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--window-size=1100,900",
+)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"),
+]
+
+
+class Page:
+    """The chat page with words for what a person does and sees."""
+
+    def __init__(self, driver, url):
+        self.driver = driver
+        driver.get(url)
+        self.wait(lambda: self.find("#box textarea"))
+
+    def wait(self, condition, seconds=20):
+        stale = [StaleElementReferenceException]  # the page redraws the answer as it grows
+        return WebDriverWait(self.driver, seconds, 0.05, stale).until(lambda _: condition())
+
+    def find(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def attach(self, path):
+        chooser = self.find("#box input[type=file]")[0]
+        self.driver.execute_script("arguments[0].value = ''", chooser)  # as the upload button does
+        chooser.send_keys(str(path))
+        self.wait(lambda: path.name in self.find("#box")[0].get_attribute("innerHTML"))
+
+    def ask(self, text):
+        box = self.wait(lambda: self.find("#box textarea:enabled"))[0]
+        box.send_keys(text, Keys.ENTER)
+
+    def press(self, label):
+        self.wait(lambda: self.find(f"[aria-label='{label}']:enabled"))[0].click()
+
+    def answers(self):
+        return [answer.text for answer in self.find("#chat [data-testid=bot]")]
+
+    def ready(self):
+        return self.find("#box .submit-button") and self.find("#box textarea:enabled")
+
+    def notice(self):
+        return " ".join(element.text for element in self.find("[role=alert]"))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for switch in [*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def served():
+    model, processor = tiny_llava()
+    talker = Talker(model, processor, delay=0.1)
+    app = build_app(ChatSession(model, processor), model="tiny")
+    yield launch(app, port=None), talker
+    app.close()
+
+
+@pytest.fixture
+def page(driver, served):
+    return Page(driver, served[0])
+
+
+@pytest.fixture
+def talker(served):
+    return served[1]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [tmp_path / "red.png", tmp_path / "blue.png"]
+    for path in paths:
+        tiny_image(path.stem).save(path)
+    return paths
+
+
+def test_a_picture_is_asked_about_and_the_answer_streams_until_it_is_stopped(page, talker, pictures):
+    page.attach(pictures[0])
+    page.ask("What colour is it?")
+    first = page.wait(lambda: page.answers() and page.answers()[0])
+    second = page.wait(lambda: page.answers()[0] != first and page.answers()[0])
+    assert first.startswith("red")
+    assert second.startswith(first)
+    assert len(talker.pictures) == 1
+    page.press("Stop")
+    page.wait(page.ready)
+    stopped = page.answers()
+    assert talker.is_silent(during=1.0)
+    assert page.answers() == stopped
+
+    page.attach(pictures[1])  # a later turn sees the earlier picture too
+    page.ask("And this one?")
+    page.wait(lambda: len(page.answers()) == 2)
+    page.press("Stop")
+    page.wait(page.ready)
+    assert len(talker.pictures[-1]) == 2
+    assert len(page.find("#chat [data-testid=user] img")) == 2
+
+    page.press("Undo")
+    page.wait(lambda: len(page.answers()) == 1)
+    assert page.find("#box textarea")[0].get_attribute("value") == "And this one?"
+
+    page.press("Retry")
+    page.wait(lambda: len(talker.prompts) == 3)
+    page.press("Stop")
+    page.wait(page.ready)
+    assert talker.prompts[2] == talker.prompts[0]
+
+    page.press("Clear")
+    page.wait(lambda: not page.answers())
+
+
+def test_clear_while_answering_ends_the_generation_and_leaves_an_empty_page(page, talker):
+    page.ask("Go on.")
+    page.wait(page.answers)
+    page.press("Clear")
+    page.wait(page.ready)
+    assert talker.is_silent(during=1.0)
+    assert page.answers() == []
+
+
+def test_a_bad_picture_is_said_in_the_page_and_the_question_stays(page, tmp_path):
+    bad = tmp_path / "torn.png"
+    tiny_image(size=200).save(bad)
+    bad.write_bytes(bad.read_bytes()[:80])
+    page.attach(bad)
+    page.ask("What colour?")
+    page.wait(page.notice)
+    assert "torn.png cannot be read" in page.notice()
+    assert page.find("#box textarea")[0].get_attribute("value") == "What colour?"
+    assert page.answers() == []
+
+
+def test_two_users_wait_for_one_another_and_see_their_own_chat_only(page, talker, served):
+    page.ask("Mine.")
+    page.wait(page.answers)
+    mine = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    other = Page(page.driver, served[0])
+    other.ask("Theirs.")
+    assert other.answers() == []
+    other.press("Stop")  # while it still waits for its turn
+    other.wait(other.ready)
+    assert other.find("#box textarea")[0].get_attribute("value") == "Theirs."
+    other.ask("")
+    page.driver.switch_to.window(mine)
+    page.press("Stop")
+    page.wait(page.ready)
+    assert "Theirs." not in page.find("#chat")[0].text
+    theirs = next(handle for handle in page.driver.window_handles if handle != mine)
+    page.driver.switch_to.window(theirs)
+    other.wait(other.answers)
+    other.press("Stop")
+    other.wait(other.ready)
+    assert "Mine." not in other.find("#chat")[0].text
+    assert talker.most_at_once == 1
+    page.driver.close()
+    page.driver.switch_to.window(mine)
+
+
+def test_closing_the_tab_ends_the_generation(page, talker, served):
+    mine = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    other = Page(page.driver, served[0])
+    other.ask("Go on.")
+    other.wait(other.answers)
+    page.driver.close()
+    page.driver.switch_to.window(mine)
+    page.wait(lambda: talker.is_silent(during=0.5))
+
+
+def test_the_page_asks_no_other_host_for_anything(page):
+    page.driver.get_log("performance")
+    page.driver.refresh()
+    page.wait(lambda: page.find("#box textarea"))
+    messages = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert urls
+    assert {urlsplit(url).hostname for url in urls if url.startswith(("http", "ws"))} == {"127.0.0.1"}

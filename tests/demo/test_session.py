@@ -1,0 +1,173 @@
+"""What the chat does with a conversation, without a page."""
+
+import itertools
+import json
+import threading
+
+import pytest
+
+from demo.session import ChatSession, Message, load_examples
+from mllm.data.conversation import Conversation, Turn
+from mllm.data.template import ConversationEncoder
+from mllm.errors import UserError
+from tests.demo.talker import Talker
+from tests.tiny import tiny_image, tiny_llava
+
+
+@pytest.fixture
+def chat():
+    model, processor = tiny_llava()
+    session = ChatSession(model, processor)
+    session.talker = Talker(model, processor)
+    return session
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [tmp_path / "red.png", tmp_path / "blue.png"]
+    for path in paths:
+        tiny_image(path.stem).save(path)
+    return paths
+
+
+def ask(session, *messages, stop=None, **settings):
+    return list(session.reply(messages, stop=stop or threading.Event(), **settings))
+
+
+def test_a_reply_grows_text_by_text(chat, pictures):
+    texts = ask(chat, Message("user", "What colour?", (pictures[0],)), max_new_tokens=12)
+    assert len(texts) > 2
+    assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(texts))
+    assert texts[-1].startswith("red three yes red")
+
+
+def test_stop_ends_the_generation_thread(chat):
+    stop = threading.Event()
+    chat.talker.delay = 0.02
+    reply = chat.reply([Message("user", "Go on.")], stop=stop, max_new_tokens=400)
+    next(reply)
+    stop.set()
+    assert len(list(reply)) < 10
+    assert chat.talker.is_silent()
+    assert chat.talker.num_tokens < 50
+
+
+def test_closing_the_reply_ends_the_generation_thread(chat):
+    chat.talker.delay = 0.02
+    reply = chat.reply([Message("user", "Go on.")], stop=threading.Event(), max_new_tokens=400)
+    next(reply)
+    reply.close()
+    assert chat.talker.is_silent()
+    assert chat.talker.num_tokens < 50
+
+
+def test_a_turn_stopped_while_it_waits_does_not_reach_the_model(chat):
+    stop = threading.Event()
+    stop.set()
+    assert ask(chat, Message("user", "Go on."), stop=stop) == []
+    assert chat.talker.num_tokens == 0
+
+
+def test_the_model_reads_a_conversation_as_in_training(chat, pictures):
+    messages = [
+        Message("user", "What colour?", (pictures[0],)),
+        Message("assistant", "red"),
+        Message("user", "And these?", (pictures[1], pictures[0])),
+    ]
+    turns = (
+        Turn("user", "<image>\nWhat colour?"),
+        Turn("assistant", "red"),
+        Turn("user", "<image>\n<image>\nAnd these?"),
+        Turn("assistant", "blue"),
+    )
+    row = Conversation("1", turns, (pictures[0], pictures[1], pictures[0]))
+    trained = ConversationEncoder(chat.processor).encode_prompt(row)
+    ask(chat, *messages, max_new_tokens=1)
+    assert chat.talker.prompts == [trained["input_ids"].tolist()]
+    assert chat.talker.pictures[0].equal(trained["pixel_values"])
+
+
+def test_conversations_at_the_same_time_wait_for_one_another(chat):
+    chat.talker.delay = 0.01
+    threads = [
+        threading.Thread(target=ask, args=(chat, Message("user", text)), kwargs={"max_new_tokens": 10}) for text in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert chat.talker.num_tokens == 20
+    assert chat.talker.most_at_once == 1
+
+
+def test_a_session_keeps_nothing_of_a_conversation(chat, pictures):
+    question = Message("user", "What colour?")
+    ask(chat, question, max_new_tokens=1)
+    ask(chat, Message("user", "Secret?", (pictures[0],)), max_new_tokens=1)
+    ask(chat, question, max_new_tokens=1)
+    first, _, again = chat.talker.prompts
+    assert again == first
+    assert len(chat.talker.pictures) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("  ", "Type a question"), ("Compare <image> with it", "attach the picture")],
+    ids=["no text", "image mark typed"],
+)
+def test_a_question_that_cannot_be_asked_is_refused(chat, text, message):
+    with pytest.raises(UserError, match=message):
+        chat.check(Message("user", text))
+
+
+def test_a_truncated_picture_is_refused_by_name(chat, pictures):
+    pictures[0].write_bytes(pictures[0].read_bytes()[:60])
+    with pytest.raises(UserError, match=r"red\.png cannot be read"):
+        chat.check(Message("user", "What colour?", (pictures[0],)))
+
+
+def test_a_conversation_longer_than_the_model_is_refused_with_both_numbers(chat):
+    with pytest.raises(UserError, match=r"\d+ tokens.* 512"):
+        ask(chat, Message("user", "very long " * 400))
+    assert ask(chat, Message("user", "short"), max_new_tokens=4), "the next answer works"
+
+
+def test_a_failure_in_the_model_reaches_the_caller_and_frees_the_model(chat):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = chat.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(chat, Message("user", "Hello?"))
+    handle.remove()
+    assert ask(chat, Message("user", "Hello?"), max_new_tokens=4)
+
+
+def write_examples(path, sources):
+    rows = [
+        {
+            "id": f"{number}",
+            "image": "red.png",
+            "source": source,
+            "conversations": [
+                {"from": "human", "value": f"<image>\nQuestion {number}?"},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
+        for number, source in enumerate(sources)
+    ]
+    path.write_text(json.dumps(rows))
+
+
+def test_examples_take_turns_among_sources(tmp_path, pictures):
+    write_examples(tmp_path / "examples.json", ["a", "a", "a", "b", "c"])
+    examples = load_examples(tmp_path, limit=4)
+    assert [example.text for example in examples] == ["Question 0?", "Question 3?", "Question 4?", "Question 1?"]
+    assert examples[0].images == (pictures[0],)
+
+
+def test_a_folder_with_two_example_files_is_refused_naming_them(tmp_path, pictures):
+    for name in ("dev.json", "train.json"):
+        write_examples(tmp_path / name, ["a"])
+    with pytest.raises(UserError, match=r"dev\.json, train\.json"):
+        load_examples(tmp_path)

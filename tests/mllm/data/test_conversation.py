@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+
+from mllm.data import Conversation, ImageError, Turn
+from mllm.errors import UserError
+from tests.mllm.data.conftest import record
+
+
+def read(data, root, **options):
+    return Conversation.from_record(data, image_root=root, where="data.json: row 7", **options)
+
+
+def test_a_llava_record_is_read_with_its_scoring_keys(root):
+    data = record("<image>\nWhich colour?", "red", image="red.png", id=3, source="squares", domain="general",
+                  metric="exact_match", answers=["red", "crimson"], qtype="colour", meta={"extra": 1})  # fmt: skip
+    read_back = read(data, root)
+    assert read_back == Conversation(
+        id="3",
+        turns=(Turn("user", "<image>\nWhich colour?"), Turn("assistant", "red")),
+        images=(root / "red.png",),
+        source="squares",
+        domain="general",
+        metric="exact_match",
+        answers=("red", "crimson"),
+        qtype="colour",
+        where="data.json: row 7 (id 3)",
+    )
+
+
+def test_messages_with_parts_read_like_conversations(root):
+    content = [{"type": "image"}, {"type": "text", "text": "\nWhich colour?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    expected = read(record("<image>\nWhich colour?", "red", image="red.png"), root)
+    assert read({"messages": messages, "image": ["red.png"]}, root) == expected
+
+
+def test_without_answers_the_last_turn_is_the_accepted_answer(root):
+    assert read(record("Hello?", "hi", "Well?", "fine"), root).answers == ("fine",)
+
+
+def test_names_given_replace_those_of_the_record(root):
+    data = record("Hello?", "hi", source="theirs", domain="theirs")
+    assert read(data, root, source="mine").source == "mine"
+    assert read(data, root, domain="ours").domain == "ours"
+
+
+def test_domain_is_the_source_when_the_record_names_none(root):
+    assert read(record("Hello?", "hi", source="chat"), root).domain == "chat"
+
+
+def test_question_is_the_last_one_without_image_marks(conversation):
+    data = conversation("First?", "yes", "Compare <image>\nand <image>", "same", image=["red.png", "blue.png"])
+    assert data.question == "Compare \nand"
+
+
+BAD_RECORDS = {
+    "human turn without an answer": (record("Hello?"), "turn 1: human turn without an answer"),
+    "last human turn without an answer": (record("a", "b", "c"), "turn 3: human turn without an answer"),
+    "two human turns": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+        "turn 2: expected a turn of 'gpt' or 'assistant'.*the human turn before has no answer",
+    ),
+    "answer first": ({"conversations": [{"from": "gpt", "value": "a"}]}, "turn 1: expected a turn of 'human'"),
+    "empty answer": (record("Hello?", "  "), "turn 2: empty answer"),
+    "empty question": (record("", "hi"), "turn 1: empty question"),
+    "more marks than pictures": (
+        record("<image> and <image>", "x", image="red.png"),
+        r"more <image> marks \(2\) than pictures \(1\)",
+    ),
+    "mark without picture": (record("<image>", "x"), r"more <image> marks \(1\) than pictures \(0\)"),
+    "fewer marks than pictures": (
+        record("look", "x", image="red.png"),
+        r"fewer <image> marks \(0\) than pictures \(1\)",
+    ),
+    "mark in an answer": (record("look", "<image>", image="red.png"), "<image> stands in an answer"),
+    "unknown role": ({"conversations": [{"from": "cat", "value": "miaow"}]}, "expected `from` to be one of"),
+    "no turns": ({"id": 1}, "expected `conversations`"),
+    "text is a number": (record("Hello?", 3), "turn 2: expected `value` to be text, got int"),
+    "unknown part": (record([{"type": "video"}], "x"), "expected parts"),
+    "picture is a number": (record("<image>", "x", image=3), "expected `image` to be a path"),
+    "absolute path": (record("<image>", "x", image="/etc/passwd"), "outside the image root"),
+    "path upwards": (record("<image>", "x", image="a/../../b.png"), "outside the image root"),
+    "URL": (record("<image>", "x", image="https://example.org/a.png"), "is a URL"),
+    "answers not a list": (record("Hello?", "hi", answers="hi"), "expected `answers`"),
+    "source not text": (record("Hello?", "hi", source=3), "expected `source` to be text"),
+    "not a record": (["Hello?"], "expected a record"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_bad_record_is_named_by_file_and_row(name, root):
+    data, message = BAD_RECORDS[name]
+    with pytest.raises(UserError, match=f"data.json: row 7.*{message}"):
+        read(data, root)
+
+
+def test_missing_picture_is_named_by_row_and_file(root):
+    with pytest.raises(ImageError, match=r"row 7: no image file .*purple.png"):
+        read(record("<image>", "x", image="purple.png"), root)
+
+
+def test_missing_picture_passes_when_files_are_not_checked(root):
+    data = record("<image>", "x", image="purple.png")
+    assert read(data, root, check_files=False).images == (root / "purple.png",)
+
+
+def test_path_outside_the_root_passes_when_allowed(root):
+    data = record("<image>", "x", image=str(root / "red.png"))
+    assert read(data, Path("/nowhere"), allow_outside_root=True).images == (root / "red.png",)

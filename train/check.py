@@ -1,0 +1,88 @@
+"""What can be wrong with a run before it starts: said in a second, before any folder or process group is made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mllm.build
+from mllm.data.mixture import Mixture, load_mixture
+from mllm.errors import UserError
+from train.config import RunSection, TrainConfig, read_yaml
+from train.parts import adapter_config
+
+CHECKPOINTS = "checkpoints"
+SETTINGS = "config.yaml"
+# What may change between a run and its continuation.
+FREE_ON_RESUME = {
+    "run": {"resume", "log_every", "save_every", "keep", "report_to", "output_dir", "micro_batch_size"},
+    "data": {"workers"},
+    "deepspeed": {"offload"},
+    "model": {"gradient_checkpointing"},
+}
+
+
+def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
+    """The run's mixture, opened, once everything a run needs was found in order.
+
+    Raises:
+        UserError: batch sizes that do not divide, adapter fields, a base or an adapter to start from that is not there,
+            data that cannot be read, or a folder that holds another run. Each message names the key.
+    """
+    check_batch(config.run, ranks)
+    adapter_config(config.model)
+    mllm.build.load_processor(config.model.path)
+    start = config.model.start_from
+    if start is not None and not any((start / name).is_file() for name in ("adapter_config.json", mllm.build.PROJECTOR_FILE)):
+        raise UserError(
+            f"model.start_from: {start} holds neither adapter_config.json nor {mllm.build.PROJECTOR_FILE}. Give the"
+            " adapter folder of an earlier run."
+        )
+    find_checkpoint(config)
+    return load_mixture(config.data.mixture)
+
+
+def check_batch(run: RunSection, ranks: int) -> None:
+    """Raises UserError unless the global batch is a whole number of micro-batches on every rank."""
+    if run.batch_size % (run.micro_batch_size * ranks):
+        raise UserError(
+            f"run.batch_size={run.batch_size} is not a multiple of run.micro_batch_size={run.micro_batch_size} x"
+            f" {ranks} ranks. Set run.micro_batch_size so that it is."
+        )
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a new run.
+
+    Raises:
+        UserError: the checkpoint asked for is not there, or output_dir holds a run with other settings.
+    """
+    run = config.run
+    if run.resume == "never":
+        return None
+    if run.resume != "auto":
+        if not Path(run.resume, "trainer_state.json").is_file():
+            raise UserError(f"run.resume: {run.resume} is no checkpoint of a run (it has no trainer_state.json).")
+        return Path(run.resume)
+    found = {int(path.name.rsplit("-", 1)[1]): path for path in (run.output_dir / CHECKPOINTS).glob("checkpoint-*")}
+    if not found:
+        return None
+    changed = differences(read_yaml(run.output_dir / SETTINGS), config.model_dump(mode="json"))
+    if changed:
+        raise UserError(
+            f"run.output_dir {run.output_dir} holds a run with other settings ({'; '.join(changed)}). Set another"
+            " run.output_dir, or run.resume=never to start anew in its place."
+        )
+    return found[max(found)]
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """Settings that differ between a run and the one that would go on with it, as `section.key: old, now new`."""
+    changed = []
+    for section, values in new.items():
+        before = old.get(section)
+        if not isinstance(values, dict):
+            changed += [f"{section}: {before}, now {values}"] * (before != values)
+            continue
+        for key in values.keys() - FREE_ON_RESUME.get(section, set()):
+            if (before or {}).get(key) != values[key]:
+                changed.append(f"{section}.{key}: {(before or {}).get(key)}, now {values[key]}")
+    return sorted(changed)

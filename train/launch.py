@@ -1,0 +1,69 @@
+"""Starts the DeepSpeed launcher on this machine: `python -m train.launch CONFIG.yaml section.key=value … [--ranks N]`."""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from mllm.errors import UserError
+from train.config import load_config
+
+
+def launch(config_path: str | Path, overrides: list[str] | None = None, num_processes: int | None = None) -> int:
+    """Trains one stage on several processes of this machine; returns the launcher's exit status.
+
+    Args:
+        config_path: YAML of the stage.
+        overrides: `section.key=value` texts.
+        num_processes: ranks; by default one a GPU, or two on a CPU.
+
+    Raises:
+        UserError: whatever is wrong with settings, data or base, found before anything is started.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = num_processes or gpus or 2
+    environment = dict(os.environ)
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        threads = max(1, available_cores() // ranks)
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    from train.check import check_run
+
+    check_run(load_config(config_path, overrides), ranks=ranks)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    command += ["--master_port", str(free_port()), "--log_level", "error", "--module", "train"]
+    return subprocess.run([*command, str(config_path), *(overrides or [])], env=environment).returncode
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A port nobody listens on, so that two runs on one machine do not meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of `launch`. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m train.launch", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--ranks", type=int, help="processes; default: one a GPU, or two on a CPU")
+    options = parser.parse_args(arguments)
+    try:
+        return launch(options.config, options.overrides, options.ranks)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The model of a run: base, adapter and what of them is trained, part by part; and how the trained weights are saved.
+
+Parts are what a learning rate can be given to: projector, attention, experts, router.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+
+import mllm.build
+from mllm.errors import UserError
+from mllm.mole import MoleConfig
+from mllm.mole.targets import block_linears, find_targets
+from train.config import ModelSection, OptimSection, TrainConfig, suggest
+
+PROJECTOR = "multi_modal_projector"
+PARTS = ("projector", "attention", "experts", "router")
+ADAPTER_TYPES: dict[str, type[PeftConfig]] = {"mole": MoleConfig, "lora": LoraConfig}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Set by us, or without a meaning here.
+RESERVED = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+
+
+def adapter_config(section: ModelSection) -> PeftConfig | None:
+    """The PEFT config that `model.adapter` describes, or None without one.
+
+    Raises:
+        UserError: no or an unknown type, an unknown field (the nearest is named), or a value that does not fit.
+    """
+    if section.adapter is None:
+        return None
+    values = dict(section.adapter)
+    kind = values.pop("type", None)
+    if kind not in ADAPTER_TYPES:
+        raise UserError(f"model.adapter.type is {kind!r}" + suggest(str(kind), list(ADAPTER_TYPES)))
+    config_class = ADAPTER_TYPES[kind]
+    known = [field.name for field in fields(config_class) if field.init and field.name not in RESERVED]
+    for key in values:
+        if key not in known:
+            raise UserError(f"unknown key model.adapter.{key}" + suggest(key, known))
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.adapter: {error}") from None
+
+
+def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model with the stage's weights set to train, in fp32; the rest frozen, in `model.dtype`.
+
+    Every rank reads the whole base into host memory, also under ZeRO-3, which splits it when the engine starts:
+    adapters made on weights that transformers had split while loading would be of size zero.
+    """
+    section = config.model
+    is_adapter = section.start_from is not None and (section.start_from / "adapter_config.json").is_file()
+    if is_adapter and (section.adapter is not None or config.stage == "align"):
+        raise UserError(
+            f"model.start_from {section.start_from} is a whole adapter, whose settings are kept: drop model.adapter"
+            " and use stage instruct. To take only a projector, give the folder of a stage align run."
+        )
+    model, processor = mllm.build.load(
+        section.path, adapter=section.start_from, dtype=DTYPES[section.dtype], is_trainable=is_adapter
+    )
+    if config.stage == "align":
+        model.requires_grad_(False)
+        model.get_submodule(projector_name(model)).requires_grad_(True)
+    elif not is_adapter:
+        if section.adapter is None:
+            raise UserError(f"model.start_from {section.start_from} holds no adapter: give model.adapter.")
+        model = get_peft_model(model, complete(adapter_config(section), model, section))
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, processor
+
+
+def complete(adapter: PeftConfig, model: PreTrainedModel, section: ModelSection) -> PeftConfig:
+    """Fill in what the model decides: targets of a plain LoRA, the projector, the base's name.
+
+    A plain LoRA goes where MOLE puts its experts and its attention LoRA, so that two arms differ in the experts alone.
+    """
+    adapter.base_model_name_or_path = section.path
+    if adapter.modules_to_save is None:
+        adapter.modules_to_save = [PROJECTOR] if section.train_projector else []
+    if isinstance(adapter, LoraConfig) and adapter.target_modules is None:
+        targets = find_targets(model, MoleConfig())
+        blocks = {name: block_linears(model.get_submodule(name)) for name in targets.blocks}
+        adapter.target_modules = [*targets.linears, *(f"{name}.{linear}" for name in blocks for linear in blocks[name])]
+    return adapter
+
+
+def projector_name(model: nn.Module) -> str:
+    """Full name of the projector inside a LLaVA."""
+    return next(name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] == PROJECTOR)
+
+
+def part_of(name: str) -> str:
+    """Which part a trained parameter belongs to, by its full name."""
+    if PROJECTOR in name:
+        return "projector"
+    if "router" in name:
+        return "router"
+    return "attention" if "attn" in name or "attention" in name else "experts"
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def part_rate(optim: OptimSection, part: str) -> float:
+    """The learning rate of a part."""
+    return getattr(optim.part_lr, part) or optim.lr
+
+
+def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
+    """Optimizer groups: one a part, and in it one more for what is not decayed (biases, norms: fewer than two axes)."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained(model):
+        groups.setdefault((part_of(name), parameter.dim() >= 2), []).append(parameter)
+    return [
+        {"params": params, "lr": part_rate(optim, part), "weight_decay": optim.weight_decay if decayed else 0.0, "part": part}
+        for (part, decayed), params in groups.items()
+    ]
+
+
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trained weights, whole, on the CPU. All ranks must call it: under ZeRO-3 it gathers, one parameter at a time."""
+    weights = {}
+    for name, parameter in trained(model):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+def write_adapter(
+    folder: Path,
+    model: PeftModel | PreTrainedModel,
+    weights: dict[str, Tensor],
+    *,
+    base_card: str,
+    start_from: Path | None = None,
+) -> None:
+    """Writes an adapter folder that `mllm.load` reads, from gathered weights. Call it on one rank.
+
+    The folder appears whole or not at all: it is written beside and renamed. A projector that was started from and
+    not trained on is copied along: the adapter does not hold it, and needs it.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
+    else:
+        prefix = f"{projector_name(model)}."
+        projector = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        save_file(projector, partial / mllm.build.PROJECTOR_FILE, metadata={"format": "pt"})
+    aligned = start_from and start_from / mllm.build.PROJECTOR_FILE
+    if aligned and aligned.is_file() and not any(PROJECTOR in name for name in weights):
+        shutil.copy(aligned, partial)
+    (partial / mllm.build.BASE_CARD).write_text(base_card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)

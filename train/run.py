@@ -1,0 +1,164 @@
+"""One stage, on one rank: data, model, trainer, adapter."""
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LlavaProcessor, ProgressCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging as transformers_logging
+
+import mllm.build
+from mllm.data.collate import Collator
+from mllm.data.mixture import Mixture
+from mllm.data.template import ConversationEncoder
+from train.check import CHECKPOINTS, SETTINGS, find_checkpoint
+from train.config import TrainConfig
+from train.feed import EncodedMixture
+from train.parts import build_model, part_of, part_rate, trained
+from train.trainer import LOG, LogFile, MllmTrainer, ProgressLine
+from train.zero import deepspeed_config
+
+TENSORBOARD = "tensorboard"
+
+
+def run_stage(config: TrainConfig, mixture: Mixture) -> None:
+    """Trains and saves. Every rank calls it, with RANK, LOCAL_RANK and WORLD_SIZE in the environment.
+
+    Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/ and, at the end, adapter/.
+    """
+    quieten()
+    set_seed(config.run.seed)  # adapters start from the same values on every rank
+    checkpoint = find_checkpoint(config)
+    model, processor = build_model(config)
+    encoder = ConversationEncoder(processor, config.data.max_length)
+    card = base_card(model, config.model.path, processor)
+    steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
+    if is_first():
+        show_run(config, model, mixture, encoder, steps)
+        prepare_folder(config, fresh=checkpoint is None)
+    trainer = MllmTrainer(
+        config=config,
+        domains=mixture.domains,
+        base_card=card,
+        model=model,
+        args=training_arguments(config, steps),
+        train_dataset=EncodedMixture(mixture, encoder),
+        data_collator=Collator(processor),
+        callbacks=callbacks(config),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLine())
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(config.run.output_dir))
+
+
+def quieten() -> None:
+    """Silence what libraries say on every start and nobody can act on."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("accelerate", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return int(os.environ["RANK"]) == 0
+
+
+def training_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
+    """Trainer's arguments. Making them starts the process group."""
+    run, optim = config.run, config.optim
+    accumulation = run.batch_size // (run.micro_batch_size * int(os.environ["WORLD_SIZE"]))
+    schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+    return TrainingArguments(
+        output_dir=str(run.output_dir / CHECKPOINTS),
+        max_steps=steps,
+        per_device_train_batch_size=run.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=optim.lr,
+        lr_scheduler_type=schedules[optim.schedule],
+        warmup_steps=round(optim.warmup_ratio * steps),
+        max_grad_norm=optim.max_grad_norm,
+        average_tokens_across_devices=True,
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,  # the trainer stops on them
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 1,
+        seed=run.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        deepspeed=deepspeed_config(config, accumulation=accumulation),
+        use_cpu=not torch.cuda.is_available(),
+        log_level="error",
+    )
+
+
+def callbacks(config: TrainConfig) -> list[Any]:
+    """What follows the run: the log file and, on rank 0, TensorBoard."""
+    followers: list[Any] = [LogFile(config.run.output_dir / LOG)]
+    if config.run.report_to == "tensorboard" and is_first():
+        from torch.utils.tensorboard import SummaryWriter  # two seconds to import
+
+        followers.append(TensorBoardCallback(SummaryWriter(str(config.run.output_dir / TENSORBOARD))))
+    return followers
+
+
+def base_card(model: nn.Module, path: str, processor: LlavaProcessor) -> str:
+    """The text of `base.json`, made before the engine starts: under ZeRO-3 no rank holds whole weights afterwards."""
+    with TemporaryDirectory() as folder:
+        mllm.build.write_base_card(folder, model, path, processor)
+        return Path(folder, mllm.build.BASE_CARD).read_text(encoding="utf-8")
+
+
+def prepare_folder(config: TrainConfig, *, fresh: bool) -> None:
+    """Make `output_dir` with the settings as resolved; a new run takes the place of an older one's records."""
+    folder = config.run.output_dir
+    if fresh:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        (folder / LOG).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(folder / SETTINGS)
+
+
+def show_run(
+    config: TrainConfig, model: nn.Module, mixture: Mixture, encoder: ConversationEncoder, steps: int
+) -> None:
+    """Prints what is trained, part by part, on what, and the first sample with its supervised span."""
+    console = Console(highlight=False)
+    console.print(trained_table(config, model))
+    parameters = list(model.parameters())
+    total, active = (sum(p.numel() for p in parameters if p.requires_grad or everything) for everything in (True, False))
+    rows = Counter(mixture.domain_of_row)
+    console.print(
+        f"{active:,} of {total:,} parameters trained ({active / total:.2%}), in fp32; base {config.model.path} in"
+        f" {config.model.dtype}, frozen\n"
+        f"{len(mixture):,} rows ({', '.join(f'{name} {count:,}' for name, count in sorted(rows.items()))});"
+        f" {steps:,} steps of {config.run.batch_size} samples; {os.environ['WORLD_SIZE']} rank(s), ZeRO"
+        f" {config.deepspeed.zero}\nfirst sample:"
+    )
+    samples = EncodedMixture(mixture, encoder)
+    console.print(encoder.show(samples[int(mixture.order(config.run.seed, 0)[0])]))
+
+
+def trained_table(config: TrainConfig, model: nn.Module) -> Table:
+    """Tensors, parameters and learning rate of each part that is trained."""
+    table = Table("part", "tensors", "parameters", "lr", title=f"stage {config.stage}: trained parts")
+    tensors, sizes = Counter(), Counter()
+    for name, parameter in trained(model):
+        tensors[part_of(name)] += 1
+        sizes[part_of(name)] += parameter.numel()
+    for part in sizes:
+        table.add_row(part, str(tensors[part]), f"{sizes[part]:,}", f"{part_rate(config.optim, part):g}")
+    return table

@@ -1,0 +1,288 @@
+"""transformers' Trainer for one stage: routing losses, token-weighted loss, a rate for each part, whole checkpoints.
+
+B batch, S sequence, P supervised positions of a batch, V vocabulary.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
+
+from mllm.data.template import IGNORED
+from mllm.errors import UserError
+from mllm.mole import routing_context, routing_loss
+from mllm.routing.stats import RoutingStats
+from train.config import TrainConfig
+from train.feed import RunOrder
+from train.parts import gather_trained, parameter_groups, write_adapter
+
+ADAPTER = "adapter"
+LOG = "train_log.jsonl"
+
+
+class MllmTrainer(Trainer):
+    """Trains what `build_model` set to train.
+
+    The loss of a step is the mean over the supervised tokens of the whole global batch, however it is split into
+    micro-batches and ranks, plus the mean of the micro-batches' routing losses.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
+
+    def __init__(self, *, config: TrainConfig, domains: list[str], base_card: str, **kwargs: Any) -> None:
+        """Besides Trainer's own arguments: the run's settings, names of all domains, and the text of `base.json`."""
+        super().__init__(**kwargs)
+        self.config = config
+        self.base_card = base_card
+        self.model_accepts_loss_kwargs = True  # makes Trainer count a step's supervised tokens over all ranks
+        self.figures = Figures(domains, self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The run's micro-batches for this rank as one epoch, so that Trainer's own skipping resumes exactly."""
+        run, workers = self.config.run, self.config.data.workers
+        order = RunOrder(
+            self.train_dataset.mixture,
+            seed=run.seed,
+            steps=self.args.max_steps,
+            batch_size=run.batch_size,
+            micro_batch_size=run.micro_batch_size,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=order,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=limit_threads,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a group for each part, and one more for its biases and norms."""
+        if self.optimizer is None:
+            optim = self.config.optim
+            groups = parameter_groups(model or self.model, optim)
+            self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """This micro-batch's share of the step's loss, times the number of ranks (DeepSpeed averages over ranks)."""
+        inputs = dict(inputs)
+        domains, wheres, labels_BS = inputs.pop("domains"), inputs.pop("wheres"), inputs.pop("labels")
+        outputs, loss_sum_B, tokens_B = answer_losses(model, inputs, labels_BS)
+        loss = loss_sum_B.sum() / num_items_in_batch * self.args.world_size
+        self.figures.add_answers(domains, loss_sum_B, tokens_B)
+        routing = routing_loss(model)
+        if routing is not None:
+            loss = loss + routing[0] / self.current_gradient_accumulation_steps
+            self.figures.add_losses(routing[1])
+        self.figures.add_routing(model, domains)
+        stop_if_unusable(loss, tokens_B, wheres)
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer's estimate walks all weights in every micro-batch, and knows nothing of experts."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was gathered since the last entry. All ranks call it together."""
+        if "loss" in logs:
+            logs |= self.figures.drain(self.state.global_step, self.config.run.batch_size)
+        # To Trainer the whole run is one epoch, see get_train_dataloader.
+        rows = self.state.global_step * self.config.run.batch_size
+        self.state.epoch = rows / self.train_dataset.mixture.epoch_length
+        super().log(logs, start_time)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write `<output_dir>/adapter`, whole under every ZeRO stage."""
+        weights = gather_trained(self.model)
+        if self.args.should_save:
+            write_adapter(
+                Path(output_dir or self.config.run.output_dir) / ADAPTER,
+                self.model,
+                weights,
+                base_card=self.base_card,
+                start_from=self.config.model.start_from,
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written aside by all ranks and renamed when all are done: a folder that bears the name checkpoint-N is whole.
+        folder, partial = Path(self.args.output_dir), Path(self.args.output_dir, ".partial")
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        barrier()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        barrier()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.rename(partial / name, folder / name)
+            rotate_checkpoints(str(folder), self.config.run.keep)
+        barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Trainer leaves frozen weights out for a PeftModel only; in stage align the model is none.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return model, loader
+
+
+def answer_losses(model: nn.Module, inputs: dict[str, Any], labels_BS: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """The model's output, and for each row the summed cross-entropy (fp32, [B]) and number ([B]) of its answer tokens.
+
+    Logits are made only at positions where some row has a supervised token: answers are short beside pictures, and
+    the head is the widest product of a small model and the largest activation of a large one.
+    """
+    targets_BS = labels_BS[:, 1:]
+    positions_P = (targets_BS != IGNORED).any(0).nonzero().flatten()
+    targets_BP = targets_BS[:, positions_P]
+    outputs = model(**inputs, logits_to_keep=positions_P)
+    logits_BPV = outputs.logits.float()
+    loss_BP = F.cross_entropy(logits_BPV.transpose(1, 2), targets_BP, ignore_index=IGNORED, reduction="none")
+    return outputs, loss_BP.sum(1), (targets_BP != IGNORED).sum(1)
+
+
+def stop_if_unusable(loss: Tensor, tokens_B: Tensor, wheres: list[str]) -> None:
+    """Raises UserError for a loss that is not finite or a row without supervised tokens, naming the rows."""
+    if not (tokens_B > 0).all():
+        bare = [where for where, tokens in zip(wheres, tokens_B.tolist(), strict=True) if tokens == 0]
+        raise UserError(f"nothing is supervised in {', '.join(bare)}: the answer is missing or was cut off.")
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss.item()} in a batch of {', '.join(wheres)}. Lower optim.lr or optim.max_grad_norm, try"
+            " model.dtype=fp32, and resume from the last checkpoint."
+        )
+
+
+def limit_threads(worker: int) -> None:
+    """One thread a loading process: they share the cores with training."""
+    torch.set_num_threads(1)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Figures:
+    """Sums of what the log shows besides Trainer's own entries, reduced over ranks when an entry is made."""
+
+    def __init__(self, domains: list[str], device: torch.device) -> None:
+        self.domains = domains
+        self.device = device
+        self.last_step = 0
+        self.last_time = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.answers = torch.zeros(len(self.domains), 2, dtype=torch.float64)  # loss sum, tokens
+        self.losses: dict[str, Tensor] = {}
+        self.batches = 0
+        self.routing = RoutingStats()
+
+    def add_answers(self, domains: list[str], loss_sum_B: Tensor, tokens_B: Tensor) -> None:
+        rows = torch.tensor([self.domains.index(domain) for domain in domains])
+        self.answers.index_add_(0, rows, torch.stack([loss_sum_B.detach(), tokens_B], 1).double().cpu())
+
+    def add_losses(self, losses: dict[str, Tensor]) -> None:
+        self.batches += 1
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value.double()
+
+    def add_routing(self, model: nn.Module, domains: list[str]) -> None:
+        context = routing_context(model)
+        if context is not None:
+            self.routing.update(context, domains)
+
+    def drain(self, step: int, batch_size: int) -> dict[str, float]:
+        """Means since the last call over all ranks, and samples a second."""
+        answers = summed(self.answers.to(self.device)).cpu()
+        loss_sum, tokens = answers.sum(0).tolist()
+        entry = {"answer_loss": loss_sum / max(tokens, 1)}
+        for domain, (domain_loss, domain_tokens) in zip(self.domains, answers.tolist(), strict=True):
+            if domain_tokens:
+                entry[f"answer_loss/{domain}"] = domain_loss / domain_tokens
+        for name, value in self.losses.items():
+            entry[name] = (summed(value) / self.batches / world_size()).item()
+        entry |= self.routing.all_reduce().summary()
+        now = time.monotonic()
+        entry["samples_per_second"] = (step - self.last_step) * batch_size / (now - self.last_time)
+        self.last_step, self.last_time = step, now
+        self._clear()
+        return entry
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class ProgressLine(ProgressCallback):
+    """Trainer's bar with rate and remaining time; the loss stands beside it instead of a dictionary below."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if self.training_bar is not None and "answer_loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['answer_loss']:.3f}", lr=f"{logs['learning_rate']:.1e}")
+
+
+class LogFile(TrainerCallback):
+    """Every entry as one line of JSON. A resumed run first drops the entries after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
