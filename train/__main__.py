@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import socket
 import sys
@@ -12,22 +13,30 @@ from train.config import TrainConfig, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains one stage. Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr."""
+    """Trains one stage. Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr, and
+    on the other ranks of a run that such a mistake has stopped."""
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of one stage, such as train/configs/mole.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--local_rank", type=int, help="given by the DeepSpeed launcher")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     join_launcher()
-    config = None
     try:
-        config = load_config(options.config, options.overrides)
-        train(config)
+        train(load_config(options.config, options.overrides))
     except UserError as error:
-        rank = int(os.environ["RANK"])
-        print(f"error: {f'(rank {rank}) ' if rank else ''}{original_message(error)}", file=sys.stderr, flush=True)
-        return 2
+        return say(f"error: {original_message(error)}")
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):  # gloo's words for a rank that is gone
+            raise
+        return say("stopped, because another rank did: see its message.")
     return 0
+
+
+def say(message: str) -> int:
+    """Puts a message on stderr, with the rank where it is not the first. Returns the exit status 2."""
+    rank = os.environ["RANK"]
+    print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def join_launcher() -> None:
@@ -61,8 +70,10 @@ def train(config: TrainConfig) -> None:
 
 
 def original_message(error: UserError) -> str:
-    """The message, also of an error that comes from a data-loading process wrapped in that process's traceback."""
-    return str(error).rsplit("Error: ", 1)[-1].strip() if "Traceback" in str(error) else str(error)
+    """The message, also of an error from a data-loading process, which torch wraps in that process's traceback."""
+    if "Original Traceback" not in str(error):
+        return str(error)
+    return re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import mllm.build
+from mllm.build import PROJECTOR_FILE, load_processor
+from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.errors import UserError
 from train.config import RunSection, TrainConfig, read_yaml
@@ -29,15 +30,26 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     """
     check_batch(config.run, ranks)
     adapter_config(config.model)
-    mllm.build.load_processor(config.model.path)
+    load_processor(config.model.path)
     start = config.model.start_from
-    if start is not None and not any((start / name).is_file() for name in ("adapter_config.json", mllm.build.PROJECTOR_FILE)):
+    if start is not None and not any((start / name).is_file() for name in ("adapter_config.json", PROJECTOR_FILE)):
         raise UserError(
-            f"model.start_from: {start} holds neither adapter_config.json nor {mllm.build.PROJECTOR_FILE}. Give the"
+            f"model.start_from: {start} holds neither adapter_config.json nor {PROJECTOR_FILE}. Give the"
             " adapter folder of an earlier run."
         )
     find_checkpoint(config)
-    return load_mixture(config.data.mixture)
+    mixture = load_mixture(config.data.mixture)
+    if mixture.config.bad_images == "error":
+        check_pictures_exist(mixture)
+    return mixture
+
+
+def check_pictures_exist(mixture: Mixture) -> None:
+    """Raises UserError naming the rows whose picture is missing: better now than hours into the run."""
+    bad = check_mixture(mixture, decode=False, progress=False).bad
+    if bad:
+        more = f"\nand {len(bad) - 3} rows more; `mllm check` lists them all" if len(bad) > 3 else ""
+        raise UserError("\n".join(row.error for row in bad[:3]) + more)
 
 
 def check_batch(run: RunSection, ranks: int) -> None:

@@ -25,7 +25,9 @@ class ModelSection(Section):
 
     path: str  # base model: a llava folder, a hub id such as llava-hf/llava-1.5-7b-hf, or "miniworld"
     adapter: dict[str, Any] | None = None  # {type: mole | lora, …}: the rest are fields of MoleConfig / LoraConfig
-    start_from: Path | None = None  # folder of an earlier run's adapter: its projector, or a whole adapter to go on with
+    start_from: Path | None = (
+        None  # folder of an earlier run's adapter: its projector, or a whole adapter to go on with
+    )
     train_projector: bool = True  # false keeps the projector frozen in stage instruct; stage align always trains it
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen base and of computation; trained weights are always fp32
@@ -194,4 +196,5 @@ def known_keys(location: tuple[Any, ...]) -> list[str]:
 def suggest(name: str, known: list[str]) -> str:
     """` (did you mean …? known: …)` for a message about an unknown name."""
     near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}? " * bool(near) + " (" * (not near) + f"known: {', '.join(known)})"
+    question = f"did you mean {near[0]}? " if near else ""
+    return f" ({question}known: {', '.join(known)})"

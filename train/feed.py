@@ -2,41 +2,10 @@
 
 from collections.abc import Iterator
 from itertools import chain, count, islice
-from typing import Any
 
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from mllm.data.images import ImageError
 from mllm.data.mixture import Mixture
-from mllm.data.template import ConversationEncoder
-
-
-class EncodedMixture(Dataset[dict[str, Any]]):
-    """A mixture's rows as encoded samples; a row whose picture cannot be read is replaced if the mixture says `skip`."""
-
-    def __init__(self, mixture: Mixture, encoder: ConversationEncoder) -> None:
-        self.mixture = mixture
-        self.encoder = encoder
-
-    def __len__(self) -> int:
-        return len(self.mixture)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return self.encoder.encode(self.mixture[index])
-        except ImageError:
-            if self.mixture.config.bad_images == "error":
-                raise
-            return self._replacement(index)
-
-    def _replacement(self, index: int) -> dict[str, Any]:
-        """The first readable stand-in, the same one whenever and wherever the row is asked for."""
-        for other in self.mixture.stand_ins(index):
-            try:
-                return self.encoder.encode(self.mixture[other])
-            except ImageError:
-                continue
-        raise ImageError(f"{self.mixture.source_of_row[index]}: not one picture of this source can be read.")
 
 
 class RunOrder(Sampler[list[int]]):

@@ -1,7 +1,8 @@
-"""Starts the DeepSpeed launcher on this machine: `python -m train.launch CONFIG.yaml section.key=value … [--ranks N]`."""
+"""Starts DeepSpeed's launcher on this machine: `python -m train.launch CONFIG.yaml section.key=value … --ranks N`."""
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +37,22 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     check_run(load_config(config_path, overrides), ranks=ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), "--log_level", "error", "--module", "train"]
-    return subprocess.run([*command, str(config_path), *(overrides or [])], env=environment).returncode
+    launcher = subprocess.Popen([*command, str(config_path), *(overrides or [])], env=environment)
+    return wait_for(launcher)
+
+
+def wait_for(launcher: subprocess.Popen) -> int:
+    """The launcher's exit status. A signal to end is passed on as the one it hands to the ranks, lest they run on."""
+
+    def stop(*_: object) -> None:
+        launcher.send_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def available_cores() -> int:
@@ -57,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ranks", type=int, help="processes; default: one a GPU, or two on a CPU")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         return launch(options.config, options.overrides, options.ranks)
     except UserError as error:

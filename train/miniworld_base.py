@@ -1,4 +1,4 @@
-"""Trains the embedded base model from scratch on miniworld: ``python -m train.miniworld_base --out mllm/assets/miniworld``.
+"""Trains the embedded base model from scratch on miniworld: ``python -m train.miniworld_base``.
 
 Stages as LLaVA has them, all on scenes of the train split drawn on the fly, with neutral answers only, so that each
 domain's convention is left to instruction tuning:
@@ -12,10 +12,9 @@ Each stage leaves its weights in ``--work``, so an interrupted run goes on with 
 """
 
 import json
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -23,12 +22,15 @@ from typing import Annotated
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import typer
 from open_clip.loss import ClipLoss
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,30 +40,45 @@ from transformers import (
 )
 
 from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Scene, draw_scene
+from data_recipes.miniworld.__main__ import write
 from mllm.build import build
 from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Turn
 from mllm.data.template import IGNORED, ConversationEncoder
+from mllm.evaluate import evaluate_arms
+from mllm.provenance import provenance
 
+ASSETS, WORK = Path("mllm/assets/miniworld"), Path("runs/miniworld_base")
 VOCABULARY = 2048
+EMBEDDING = 128  # width of the contrastive space
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VISION = {"image_size": 96, "patch_size": 12, "width": 192, "layers": 5, "head_width": 32}
 TEXT = {"context_length": 80, "vocab_size": VOCABULARY, "width": 128, "heads": 4, "layers": 2}
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix: users' data carries it
 
 
+StagePlan = tuple[int, int, float]  # scenes seen, scenes a step, peak learning rate
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Scenes seen in each stage, and its batch size and peak learning rate."""
+    """How long each stage trains."""
 
-    tower: tuple[int, int, float] = (60_000, 128, 1e-3)
-    align: tuple[int, int, float] = (8_000, 64, 1e-3)
-    instruct: tuple[int, int, float] = (120_000, 64, 1e-3)
+    tower: StagePlan = (60_000, 128, 1e-3)
+    align: StagePlan = (8_000, 64, 1e-3)
+    instruct: StagePlan = (120_000, 64, 1e-3)
+
+    def scaled(self, times: float) -> "Plan":
+        """The same stages with so many times the scenes, at least ten steps each."""
+        stages = asdict(self).items()
+        return Plan(**{name: (max(10 * batch, round(seen * times)), batch, lr) for name, (seen, batch, lr) in stages})
 
 
-def drawn(start: int, count: int, seed: int) -> list[tuple[Scene, Random]]:
-    """``count`` training scenes from running number ``start`` on, domains in turn."""
-    return [draw_scene(DOMAINS[k % len(DOMAINS)], "train", k // len(DOMAINS), seed) for k in range(start, start + count)]
+def drawn(start: int, count: int, seed: int, turns: tuple[str, ...] = DOMAINS) -> list[tuple[Scene, Random]]:
+    """``count`` training scenes from running number ``start`` on, domains by ``turns``."""
+    return [
+        draw_scene(DOMAINS[k % len(DOMAINS)], "train", k // len(DOMAINS), seed) for k in range(start, start + count)
+    ]
 
 
 def pixels(pictures: list[Image.Image]) -> Tensor:
@@ -70,8 +87,15 @@ def pixels(pictures: list[Image.Image]) -> Tensor:
     return (stacked.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
+def kept_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+    """The tokenizer an earlier run left in ``folder``, or a new one."""
+    if not folder.exists():
+        train_tokenizer(seed).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over miniworld's words and some plain English, digits one by one; any text can be written in it."""
+    """Byte-level BPE over miniworld's words and some plain English, digits one by one; it can write any text."""
     import pydoc_data.topics  # the language reference: English prose that every Python has
 
     def texts() -> Iterator[str]:
@@ -106,38 +130,64 @@ def progress() -> Progress:
     )  # fmt: skip
 
 
-def optimise(parameters: list[nn.Parameter], plan: tuple[int, int, float], loss_of: "callable", name: str) -> None:
-    """AdamW, linear warm-up over a twentieth of the steps, cosine to a fiftieth; ``loss_of(start, batch)`` per step."""
-    scenes, batch, rate = plan
-    steps = scenes // batch
+def optimise(parameters: list[nn.Parameter], plan: StagePlan, loss_of: Callable[[int, int], Tensor], name: str) -> None:
+    """AdamW, linear warm-up over a twentieth of the steps, cosine to a fiftieth.
+
+    ``loss_of(start, count)`` is the mean loss on ``count`` scenes from number ``start`` on. Under torchrun each rank
+    takes its share of the scenes of a step and gradients are averaged.
+    """
+    scenes, batch, peak = plan
+    steps, share = scenes // batch, batch // world_size()
     matrices, rest = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, steps, pct_start=0.05, div_factor=50, final_div_factor=1, cycle_momentum=False
+        optimizer, peak, steps, pct_start=0.05, div_factor=50, final_div_factor=1, cycle_momentum=False
     )
-    start, average = time.time(), None
+    started, average = time.time(), None
     with progress() as bar:
         task = bar.add_task(name, total=steps, status="")
         for step in range(steps):
-            loss = loss_of(step * batch, batch)
+            loss = loss_of(step * batch + rank() * share, share)
             loss.backward()
+            average_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            rate_now = (step + 1) * batch / (time.time() - start)
-            bar.update(task, advance=1, status=f"loss {average:.3f}, {rate_now:.0f} scenes/s")
-            if step % 100 == 0:
-                print(f"{name} step {step}/{steps} loss {average:.4f} {rate_now:.0f} scenes/s", flush=True)
+            rate = (step + 1) * batch / (time.time() - started)
+            bar.update(task, advance=1, status=f"loss {average:.3f}, {rate:.0f} scenes/s")
 
 
-def train_tower(tokenizer: PreTrainedTokenizerFast, plan: Plan, seed: int) -> open_clip.CLIP:
-    """Stage 1. Contrastive training (CLIP, arXiv 2103.00020) on pictures and dense captions."""
+def rank() -> int:
+    """This process's number under torchrun, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes under torchrun, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean over ranks, in one message."""
+    if world_size() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = nn.utils.parameters_to_vector(gradients) / world_size()
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, gradients)
+
+
+def contrastive_model(tokenizer: PreTrainedTokenizerFast) -> open_clip.CLIP:
+    """The tower with a small text encoder, not trained yet."""
     text = TEXT | {"pool_type": "eos", "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-    clip = open_clip.CLIP(embed_dim=128, vision_cfg=VISION, text_cfg=text)
-    contrast = ClipLoss()
+    return open_clip.CLIP(embed_dim=EMBEDDING, vision_cfg=VISION, text_cfg=text)
+
+
+def train_tower(clip: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, plan: StagePlan, seed: int) -> None:
+    """Stage 1. Contrastive training (CLIP, arXiv 2103.00020) on pictures and dense captions."""
+    contrast = ClipLoss(gather_with_grad=True, rank=rank(), world_size=world_size())
 
     def loss_of(start: int, batch: int) -> Tensor:
         scenes = drawn(start, batch, seed)
@@ -149,8 +199,7 @@ def train_tower(tokenizer: PreTrainedTokenizerFast, plan: Plan, seed: int) -> op
             image, words, scale = clip(pixels([scene.paint(rng) for scene, rng in scenes]), captions)
         return contrast(image.float(), words.float(), scale)
 
-    optimise(list(clip.parameters()), plan.tower, loss_of, "tower")
-    return clip
+    optimise(list(clip.parameters()), plan, loss_of, "tower")
 
 
 def language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -167,15 +216,16 @@ def language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class SceneBatches:
     """Scenes to batches, through the template and collator that instruction tuning uses."""
 
-    def __init__(self, processor: LlavaProcessor, seed: int, captions: float) -> None:
-        """``captions``: share of scenes that are described; the others are asked four neutral questions."""
+    def __init__(self, processor: LlavaProcessor, seed: int, captions: float, turns: tuple[str, ...] = DOMAINS) -> None:
+        """``captions``: share of scenes that are described; the others are asked four neutral questions.
+        ``turns``: domains, one after the other; a domain that stands there twice comes twice as often.
+        """
         self.encoder, self.collator = ConversationEncoder(processor), Collator(processor)
-        self.places = processor.image_token * (VISION["image_size"] // VISION["patch_size"]) ** 2
-        self.image_token, self.seed, self.captions = processor.image_token, seed, captions
+        self.seed, self.captions, self.turns = seed, captions, turns
 
     def __call__(self, start: int, count: int) -> dict[str, Tensor]:
         """The batch of ``count`` scenes from running number ``start`` on."""
-        scenes = drawn(start, count, self.seed)
+        scenes = drawn(start, count, self.seed, self.turns)
         batch = self.collator([self.sample(scene, rng) for scene, rng in scenes])
         return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
@@ -188,27 +238,82 @@ class SceneBatches:
             exchanges = [(asked.text, asked.answer) for asked in scene.ask_several(rng, NEUTRAL, 4)]
         turns = [turn for question, answer in exchanges for turn in (Turn("user", question), Turn("assistant", answer))]
         turns[0] = Turn("user", f"{IMAGE_PLACE}\n{turns[0].text}")
-        segments = [
-            segment._replace(text=segment.text.replace(self.image_token, self.places))
-            for segment in self.encoder.template.segments(turns, where=scene.source)
-        ]
-        input_ids, labels = self.encoder.tokenize(segments)
-        about = {"attention_mask": torch.ones_like(input_ids), "domain": "", "where": ""}
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels([picture]), **about}
+        sample = self.encoder.encode_turns(turns, [picture], where=scene.source)
+        return sample | {"domain": "", "where": ""}
 
 
-def train_llava(
-    model: LlavaForConditionalGeneration, batches: SceneBatches, plan: tuple[int, int, float], name: str
-) -> None:
+def train_llava(model: LlavaForConditionalGeneration, batches: SceneBatches, plan: StagePlan, name: str) -> None:
     """Stages 2 and 3: the trainable parameters learn the supervised tokens. bfloat16 products, fp32 weights."""
+
+    # On a CPU torch's fused attention spends more time in backward than all other products together.
+    model.model.language_model.set_attn_implementation("eager")
 
     def loss_of(start: int, batch: int) -> Tensor:
         inputs = batches(start, batch)
         targets = inputs.pop("labels")[:, 1:]
         asked = targets != IGNORED
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = model.model(**inputs).last_hidden_state[:, :-1][asked]
             logits = model.lm_head(states)  # only where something is supervised: most positions are the picture's
         return nn.functional.cross_entropy(logits.float(), targets[asked])
 
     optimise([p for p in model.parameters() if p.requires_grad], plan, loss_of, name)
+
+
+def kept(path: Path, module: nn.Module, train: Callable[[], None]) -> None:
+    """A stage: its weights are read from ``path`` if an earlier run left them there, else trained and left there."""
+    if path.exists():
+        module.load_state_dict(load_file(path), strict=False)  # a tied head is stored once
+        return
+    start = time.time()
+    train()
+    save_model(module, path)
+    path.with_suffix(".json").write_text(json.dumps({"minutes": round((time.time() - start) / 60, 1)}))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where model, processor and card.json go.")] = ASSETS,
+    work: Annotated[Path, typer.Option(help="Where stages leave their weights.")] = WORK,
+    seed: int = 0,
+    scale: Annotated[float, typer.Option(help="Times the plan's number of scenes; 0.01 for a trial.")] = 1.0,
+) -> None:
+    """Train the embedded base and score it on unseen scenes with neutral questions."""
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    plan = Plan().scaled(scale)
+    tokenizer = kept_tokenizer(work / "tokenizer", seed)
+
+    clip = contrastive_model(tokenizer)
+    kept(work / "tower.safetensors", clip, lambda: train_tower(clip, tokenizer, plan.tower, seed))
+
+    tower = (clip, {"embed_dim": EMBEDDING, "vision_cfg": VISION})
+    model, processor = build(
+        tower, language_model(tokenizer), tokenizer=tokenizer, resize_mode="squash", dtype=torch.float32
+    )
+    model.train()
+    model.model.vision_tower.requires_grad_(False)
+    batches = SceneBatches(processor, seed + 1, captions=1.0)
+    kept(work / "align.safetensors", model, lambda: train_llava(model, batches, plan.align, "align"))
+
+    model.requires_grad_(True)
+    batches = SceneBatches(processor, seed + 2, captions=0.5)
+    kept(work / "instruct.safetensors", model, lambda: train_llava(model, batches, plan.instruct, "instruct"))
+    publish(model, processor, out, work, {"seed": seed, "plan": asdict(plan)})
+
+
+def publish(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path, work: Path, card: dict) -> None:
+    """Saves the model in bfloat16 and writes its card: seed, plan, minutes, commit and scores."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    processor.save_pretrained(out)
+    world = write(work / "neutral", {"train": 500, "test": 250}, questions=2, seed=card["seed"], neutral=True)
+    report = evaluate_arms(
+        str(out), {"base": None}, world / "test.json", work / "report", train_rows=world / "train.json", batch_size=64
+    )
+    card["minutes"] = {path.stem: json.loads(path.read_text())["minutes"] for path in sorted(work.glob("*.json"))}
+    card["neutral_test_scores"] = report["arms"]["base"]
+    card["measured"] = provenance()
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
-import mllm.build
+from mllm.build import BASE_CARD, PROJECTOR_FILE, load
 from mllm.errors import UserError
 from mllm.mole import MoleConfig
 from mllm.mole.targets import block_linears, find_targets
@@ -28,7 +28,15 @@ PARTS = ("projector", "attention", "experts", "router")
 ADAPTER_TYPES: dict[str, type[PeftConfig]] = {"mole": MoleConfig, "lora": LoraConfig}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Set by us, or without a meaning here.
-RESERVED = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+RESERVED = {
+    "peft_type",
+    "task_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+}
 
 
 def adapter_config(section: ModelSection) -> PeftConfig | None:
@@ -67,7 +75,7 @@ def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGen
             f"model.start_from {section.start_from} is a whole adapter, whose settings are kept: drop model.adapter"
             " and use stage instruct. To take only a projector, give the folder of a stage align run."
         )
-    model, processor = mllm.build.load(
+    model, processor = load(
         section.path, adapter=section.start_from, dtype=DTYPES[section.dtype], is_trainable=is_adapter
     )
     if config.stage == "align":
@@ -77,6 +85,8 @@ def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGen
         if section.adapter is None:
             raise UserError(f"model.start_from {section.start_from} holds no adapter: give model.adapter.")
         model = get_peft_model(model, complete(adapter_config(section), model, section))
+        # As the user named it: PEFT would write the folder the base was read from, which only this machine has.
+        model.peft_config["default"].base_model_name_or_path = section.path
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():
@@ -86,11 +96,10 @@ def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGen
 
 
 def complete(adapter: PeftConfig, model: PreTrainedModel, section: ModelSection) -> PeftConfig:
-    """Fill in what the model decides: targets of a plain LoRA, the projector, the base's name.
+    """Fill in what the model decides: targets of a plain LoRA, and the projector.
 
     A plain LoRA goes where MOLE puts its experts and its attention LoRA, so that two arms differ in the experts alone.
     """
-    adapter.base_model_name_or_path = section.path
     if adapter.modules_to_save is None:
         adapter.modules_to_save = [PROJECTOR] if section.train_projector else []
     if isinstance(adapter, LoraConfig) and adapter.target_modules is None:
@@ -130,7 +139,12 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
     for name, parameter in trained(model):
         groups.setdefault((part_of(name), parameter.dim() >= 2), []).append(parameter)
     return [
-        {"params": params, "lr": part_rate(optim, part), "weight_decay": optim.weight_decay if decayed else 0.0, "part": part}
+        {
+            "params": params,
+            "lr": part_rate(optim, part),
+            "weight_decay": optim.weight_decay if decayed else 0.0,
+            "part": part,
+        }
         for (part, decayed), params in groups.items()
     ]
 
@@ -165,10 +179,10 @@ def write_adapter(
     else:
         prefix = f"{projector_name(model)}."
         projector = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-        save_file(projector, partial / mllm.build.PROJECTOR_FILE, metadata={"format": "pt"})
-    aligned = start_from and start_from / mllm.build.PROJECTOR_FILE
+        save_file(projector, partial / PROJECTOR_FILE, metadata={"format": "pt"})
+    aligned = start_from and start_from / PROJECTOR_FILE
     if aligned and aligned.is_file() and not any(PROJECTOR in name for name in weights):
         shutil.copy(aligned, partial)
-    (partial / mllm.build.BASE_CARD).write_text(base_card, encoding="utf-8")
+    (partial / BASE_CARD).write_text(base_card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)

@@ -1,32 +1,31 @@
 """One stage, on one rank: data, model, trainer, adapter."""
 
-import logging
 import math
 import os
 import shutil
-import warnings
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import deepspeed
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlavaProcessor, ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.utils import logging as transformers_logging
 
-import mllm.build
+from mllm.build import BASE_CARD, write_base_card
+from mllm.console import quieten
 from mllm.data.collate import Collator
+from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture
 from mllm.data.template import ConversationEncoder
 from train.check import CHECKPOINTS, SETTINGS, find_checkpoint
 from train.config import TrainConfig
-from train.feed import EncodedMixture
 from train.parts import build_model, part_of, part_rate, trained
-from train.trainer import LOG, LogFile, MllmTrainer, ProgressLine
+from train.trainer import ADAPTER, LOG, LogFile, MllmTrainer, ProgressLine
 from train.zero import deepspeed_config
 
 TENSORBOARD = "tensorboard"
@@ -38,6 +37,8 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/ and, at the end, adapter/.
     """
     quieten()
+    if not torch.cuda.is_available():
+        suit_cpu()
     set_seed(config.run.seed)  # adapters start from the same values on every rank
     checkpoint = find_checkpoint(config)
     model, processor = build_model(config)
@@ -61,14 +62,19 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     trainer.add_callback(ProgressLine())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(config.run.output_dir))
+    if is_first():
+        print(f"adapter saved in {config.run.output_dir / ADAPTER}", flush=True)
 
 
-def quieten() -> None:
-    """Silence what libraries say on every start and nobody can act on."""
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("accelerate", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def suit_cpu() -> None:
+    """Two choices of the libraries that do not serve a CPU.
+
+    DeepSpeed's shared-memory reduction needs a compiler, takes a minute to build on the first start, and a start that
+    is killed meanwhile leaves a lock on which every later one waits for ever: gloo reduces instead. And torch's flash
+    attention is slow backwards in bf16: without it a step of a 6M-weight LLaVA takes 540 ms of a core instead of 700.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
+    torch.backends.cuda.enable_flash_sdp(False)  # the switch counts for the CPU's flash attention too
 
 
 def is_first() -> bool:
@@ -117,8 +123,8 @@ def callbacks(config: TrainConfig) -> list[Any]:
 def base_card(model: nn.Module, path: str, processor: LlavaProcessor) -> str:
     """The text of `base.json`, made before the engine starts: under ZeRO-3 no rank holds whole weights afterwards."""
     with TemporaryDirectory() as folder:
-        mllm.build.write_base_card(folder, model, path, processor)
-        return Path(folder, mllm.build.BASE_CARD).read_text(encoding="utf-8")
+        write_base_card(folder, model, path, processor)
+        return Path(folder, BASE_CARD).read_text(encoding="utf-8")
 
 
 def prepare_folder(config: TrainConfig, *, fresh: bool) -> None:
@@ -132,14 +138,14 @@ def prepare_folder(config: TrainConfig, *, fresh: bool) -> None:
     config.save(folder / SETTINGS)
 
 
-def show_run(
-    config: TrainConfig, model: nn.Module, mixture: Mixture, encoder: ConversationEncoder, steps: int
-) -> None:
+def show_run(config: TrainConfig, model: nn.Module, mixture: Mixture, encoder: ConversationEncoder, steps: int) -> None:
     """Prints what is trained, part by part, on what, and the first sample with its supervised span."""
     console = Console(highlight=False)
     console.print(trained_table(config, model))
     parameters = list(model.parameters())
-    total, active = (sum(p.numel() for p in parameters if p.requires_grad or everything) for everything in (True, False))
+    total, active = (
+        sum(p.numel() for p in parameters if p.requires_grad or everything) for everything in (True, False)
+    )
     rows = Counter(mixture.domain_of_row)
     console.print(
         f"{active:,} of {total:,} parameters trained ({active / total:.2%}), in fp32; base {config.model.path} in"

@@ -6,6 +6,7 @@ B batch, S sequence, P supervised positions of a batch, V vocabulary.
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class MllmTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was gathered since the last entry. All ranks call it together."""
         if "loss" in logs:
-            logs |= self.figures.drain(self.state.global_step, self.config.run.batch_size)
+            logs |= self.figures.drain()
         # To Trainer the whole run is one epoch, see get_train_dataloader.
         rows = self.state.global_step * self.config.run.batch_size
         self.state.epoch = rows / self.train_dataset.mixture.epoch_length
@@ -205,19 +206,20 @@ class Figures:
     def __init__(self, domains: list[str], device: torch.device) -> None:
         self.domains = domains
         self.device = device
-        self.last_step = 0
-        self.last_time = time.monotonic()
+        self.since: float | None = None  # monotonic seconds; from the first batch on, so that start-up does not count
         self._clear()
 
     def _clear(self) -> None:
-        self.answers = torch.zeros(len(self.domains), 2, dtype=torch.float64)  # loss sum, tokens
+        self.answers = torch.zeros(len(self.domains), 3, dtype=torch.float64)  # loss sum, tokens, samples
         self.losses: dict[str, Tensor] = {}
         self.batches = 0
         self.routing = RoutingStats()
 
     def add_answers(self, domains: list[str], loss_sum_B: Tensor, tokens_B: Tensor) -> None:
+        self.since = self.since or time.monotonic()
         rows = torch.tensor([self.domains.index(domain) for domain in domains])
-        self.answers.index_add_(0, rows, torch.stack([loss_sum_B.detach(), tokens_B], 1).double().cpu())
+        sums = torch.stack([loss_sum_B.detach(), tokens_B, torch.ones_like(tokens_B)], 1)
+        self.answers.index_add_(0, rows, sums.double().cpu())
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
         self.batches += 1
@@ -229,20 +231,20 @@ class Figures:
         if context is not None:
             self.routing.update(context, domains)
 
-    def drain(self, step: int, batch_size: int) -> dict[str, float]:
+    def drain(self) -> dict[str, float]:
         """Means since the last call over all ranks, and samples a second."""
         answers = summed(self.answers.to(self.device)).cpu()
-        loss_sum, tokens = answers.sum(0).tolist()
-        entry = {"answer_loss": loss_sum / max(tokens, 1)}
-        for domain, (domain_loss, domain_tokens) in zip(self.domains, answers.tolist(), strict=True):
+        loss_sum, tokens, samples = answers.sum(0).tolist()
+        entry = {"answer_loss": loss_sum / tokens}
+        for domain, (domain_loss, domain_tokens, _) in zip(self.domains, answers.tolist(), strict=True):
             if domain_tokens:
                 entry[f"answer_loss/{domain}"] = domain_loss / domain_tokens
         for name, value in self.losses.items():
             entry[name] = (summed(value) / self.batches / world_size()).item()
         entry |= self.routing.all_reduce().summary()
         now = time.monotonic()
-        entry["samples_per_second"] = (step - self.last_step) * batch_size / (now - self.last_time)
-        self.last_step, self.last_time = step, now
+        entry["samples_per_second"] = samples / (now - self.since)
+        self.since = now
         self._clear()
         return entry
 
@@ -261,11 +263,20 @@ def world_size() -> int:
 class ProgressLine(ProgressCallback):
     """Trainer's bar with rate and remaining time; the loss stands beside it instead of a dictionary below."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 10  # seconds: a file or a pipe gets a line now and then
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         if self.training_bar is not None and "answer_loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['answer_loss']:.3f}", lr=f"{logs['learning_rate']:.1e}")
+            self.training_bar.set_postfix(
+                loss=f"{logs['answer_loss']:.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False
+            )
 
 
 class LogFile(TrainerCallback):

@@ -1,0 +1,107 @@
+"""Mistakes of the user's: told in words with status 2, and nothing left behind."""
+
+import json
+import os
+
+import pytest
+
+from mllm.data.images import ImageError
+from tests.train.data import write_config
+from train.__main__ import main, original_message
+from train.check import differences, find_checkpoint
+from train.config import load_config
+from train.launch import main as launch_main
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main")
+    write_config(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(healthy, tmp_path):
+    """A copy of settings and rows that a test may spoil; base and pictures are shared."""
+    rows = json.loads((healthy / "train.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "mixture.yaml").write_text(f"sources: [{{path: rows.json, image_root: {healthy}/images}}]\n")
+    (tmp_path / "config.yaml").write_text(
+        (healthy / "config.yaml").read_text().replace(f"{healthy}/run", f"{tmp_path}/run")
+    )
+    return tmp_path
+
+
+def refused(folder, capfd, monkeypatch, *overrides: str) -> str:
+    """Runs `python -m train` in this process as the only rank; returns what it said on stderr."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    status = main([str(folder / "config.yaml"), "--local_rank=0", f"data.mixture={folder}/mixture.yaml", *overrides])
+    said = capfd.readouterr().err
+    assert status == 2
+    assert "Traceback" not in said
+    assert not (folder / "run").exists()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stepz=3", "unknown key run.stepz (did you mean steps?"),
+        ("model.adapter.rank=4", "unknown key model.adapter.rank"),
+        ("model.path=nowhere", "nowhere"),
+        ("model.start_from=nowhere", "model.start_from: nowhere"),
+        ("data.mixture=nowhere.yaml", "nowhere.yaml"),
+        ("run.batch_size=7", "run.batch_size=7 is not a multiple"),
+        ("run.resume=nowhere", "run.resume: nowhere"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_key(folder, capfd, monkeypatch, override, message):
+    assert message in refused(folder, capfd, monkeypatch, override)
+
+
+def test_malformed_json_is_told_with_its_place(folder, capfd, monkeypatch):
+    (folder / "rows.json").write_text('[{"id": "1",}]')
+    assert "rows.json: malformed JSON at line 1" in refused(folder, capfd, monkeypatch)
+
+
+def test_a_turn_without_answer_is_told_by_row(folder, capfd, monkeypatch):
+    rows = json.loads((folder / "rows.json").read_text())
+    rows[5]["conversations"].pop()
+    (folder / "rows.json").write_text(json.dumps(rows))
+    assert "row 6 (id 5)" in refused(folder, capfd, monkeypatch)
+
+
+def test_the_launcher_is_not_started_on_a_wrong_setting(folder, capfd):
+    assert launch_main([str(folder / "config.yaml"), "--ranks", "2", "run.stepz=3"]) == 2
+    assert "did you mean steps" in capfd.readouterr().err
+    assert not (folder / "run").exists()
+
+
+def test_a_folder_with_another_run_is_not_gone_on_with(folder):
+    config = load_config(folder / "config.yaml")
+    os.makedirs(folder / "run" / "checkpoints" / "checkpoint-2")
+    config.save(folder / "run" / "config.yaml")
+    assert find_checkpoint(config).name == "checkpoint-2"
+    changed = load_config(folder / "config.yaml", ["run.seed=5", "data.workers=1"]).model_dump(mode="json")
+    assert differences(config.model_dump(mode="json"), changed) == ["run.seed: 0, now 5"]
+    with pytest.raises(ValueError, match=r"run\.seed: 0, now 5"):
+        find_checkpoint(load_config(folder / "config.yaml", ["run.seed=5"]))
+
+
+def test_the_newest_checkpoint_is_taken_by_number_not_by_name(folder):
+    config = load_config(folder / "config.yaml")
+    for step in (9, 10):
+        os.makedirs(folder / "run" / "checkpoints" / f"checkpoint-{step}")
+    config.save(folder / "run" / "config.yaml")
+    assert find_checkpoint(config).name == "checkpoint-10"
+
+
+def test_an_error_from_a_loading_process_is_told_without_that_processs_traceback():
+    wrapped = (
+        "Caught ImageError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1\nOSError: Truncated\n\nThe above exception was the direct cause of the following:\n'
+        "mllm.data.images.ImageError: a.json: row 3: image b.png cannot be decoded (OSError: Truncated). Replace it.\n"
+    )
+    said = original_message(ImageError(wrapped))
+    assert said == "a.json: row 3: image b.png cannot be decoded (OSError: Truncated). Replace it."

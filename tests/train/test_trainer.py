@@ -1,0 +1,81 @@
+"""The loss of a step, and what the log says of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from mllm.data.collate import Collator
+from mllm.data.encoded import EncodedMixture
+from mllm.data.mixture import load_mixture
+from mllm.data.template import ConversationEncoder
+from mllm.errors import UserError
+from tests.tiny import tiny_llava
+from tests.train.data import write_rows
+from train.trainer import Figures, LogFile, answer_losses, stop_if_unusable
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A tiny model, encoded samples of uneven lengths, and a function that makes a batch of some of them."""
+    model, processor = tiny_llava()
+    mixture = load_mixture(write_rows(tmp_path_factory.mktemp("trainer")))
+    samples, collate = EncodedMixture(mixture, ConversationEncoder(processor, 256)), Collator(processor)
+
+    def batch(*rows: int) -> tuple[dict, torch.Tensor]:
+        inputs = collate([samples[row] for row in rows])
+        return {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}, inputs["labels"]
+
+    return model, batch
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_transformers(setting):
+    model, batch = setting
+    inputs, labels = batch(0, 1, 2, 30)
+    _, loss_sum_B, tokens_B = answer_losses(model, inputs, labels)
+    expected = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss_sum_B.sum() / tokens_B.sum(), expected, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_loss_sums_do_not_depend_on_how_a_batch_is_split(setting):
+    model, batch = setting
+    _, whole_B, tokens_B = answer_losses(model, *batch(0, 1, 2, 30))
+    parts = [answer_losses(model, *batch(*rows))[1:] for rows in ((0,), (1, 2), (30,))]
+    torch.testing.assert_close(torch.cat([loss for loss, _ in parts]), whole_B, rtol=1e-5, atol=0)
+    assert torch.equal(torch.cat([tokens for _, tokens in parts]), tokens_B)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_rows_named():
+    with pytest.raises(UserError, match=r"the loss is nan in a batch of a\.json: row 3, a\.json: row 9"):
+        stop_if_unusable(torch.tensor(math.nan), torch.tensor([1, 1]), ["a.json: row 3", "a.json: row 9"])
+
+
+def test_a_row_with_nothing_supervised_stops_by_name():
+    with pytest.raises(UserError, match=r"nothing is supervised in a\.json: row 9"):
+        stop_if_unusable(torch.tensor(1.0), torch.tensor([1, 0]), ["a.json: row 3", "a.json: row 9"])
+
+
+def test_domain_losses_are_means_over_tokens_and_start_anew_after_each_entry():
+    figures = Figures(["document", "general"], torch.device("cpu"))
+    figures.add_answers(["general", "document"], torch.tensor([6.0, 1.0]), torch.tensor([3, 1]))
+    figures.add_answers(["general"], torch.tensor([2.0]), torch.tensor([1]))
+    figures.add_losses({"balance_loss": torch.tensor(1.0)})
+    figures.add_losses({"balance_loss": torch.tensor(2.0)})
+    entry = figures.drain()
+    assert entry["answer_loss/general"] == 2.0
+    assert entry["answer_loss/document"] == 1.0
+    assert entry["answer_loss"] == 9 / 5
+    assert entry["balance_loss"] == 1.5
+    figures.add_answers(["general"], torch.tensor([1.0]), torch.tensor([1]))
+    assert {"answer_loss": 1.0, "answer_loss/general": 1.0}.items() <= figures.drain().items()
+
+
+def test_a_resumed_run_drops_the_entries_after_its_checkpoint(tmp_path):
+    log = tmp_path / "train_log.jsonl"
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    LogFile(log).on_train_begin(None, TrainerState(global_step=3), TrainerControl())
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
