@@ -80,7 +80,9 @@ def build_app(
             max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
         running = gr.State()
 
-        unqueued = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        unqueued = {"queue": False, **quiet}
+        ordered = {"concurrency_limit": None, **quiet}  # queued, so that it comes after the last piece of an answer
         model_step = {
             "fn": partial(_answer, session),
             "inputs": [chatbot, running, temperature, max_new_tokens],
@@ -94,9 +96,10 @@ def build_app(
         turn = [chatbot, box, notice, running]
         asked = box.submit(partial(_begin, session), [chatbot, box], turn, **unqueued).then(**model_step)
         retried = chatbot.retry(_retry, [chatbot], turn, **unqueued).then(**model_step)
-        box.stop(_stop, [chatbot, running], [chatbot, box], cancels=[asked, retried], **unqueued)
+        cancel = {"fn": None, "cancels": [asked, retried], "api_visibility": "private"}
+        box.stop(**cancel).then(_stop, [chatbot, running], [chatbot, box], **ordered)
+        chatbot.clear(**cancel).then(_clear, [running], turn, **ordered)
         chatbot.undo(_undo, [chatbot], [chatbot, box, notice], **unqueued)
-        chatbot.clear(_clear, [running], turn, cancels=[asked, retried], **unqueued)
         chatbot.example_select(_fill_in, None, [box], **unqueued)
     return app
 

@@ -80,7 +80,7 @@ class ChatSession:
             with closing(deltas):
                 for delta in deltas:
                     text += delta
-                    if text.strip():
+                    if text.strip() and not stop.is_set():
                         yield text.strip()
 
 

@@ -1,5 +1,6 @@
 """The page's own logic, without a browser."""
 
+import inspect
 import json
 import os
 import re
@@ -81,11 +82,11 @@ def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     assert "value" not in box
 
 
-def test_one_generation_at_a_time_through_one_queue():
+def test_every_way_to_the_model_goes_through_one_queue_one_at_a_time():
     app = build_app(Scripted(), model="tiny")
-    queued = [fn for fn in app.fns.values() if fn.queue and fn.fn is not None]
-    assert queued
-    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == {("model", 1)}
+    answering = [fn for fn in app.fns.values() if inspect.isgeneratorfunction(fn.fn)]
+    assert len(answering) == 2
+    assert {(fn.queue, fn.concurrency_id, fn.concurrency_limit) for fn in answering} == {(True, "model", 1)}
 
 
 def test_nothing_of_the_page_is_reported_or_callable_from_outside():
