@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    BatchFeature,
     GenerationConfig,
     LogitsProcessor,
     PreTrainedModel,
@@ -134,7 +133,11 @@ def stream(
             the thread is raised here.
     """
     encoder = ConversationEncoder(processor)
-    prompt = _encode_chat(processor, encoder, messages, images)
+    turns = [Turn(message["role"], _text_of(message["content"])) for message in messages]
+    sample = encoder.encode_turns(turns, images, where=CHAT)
+    prompt = {key: sample[key][None] for key in ("input_ids", "attention_mask")}
+    if images:
+        prompt["pixel_values"] = sample["pixel_values"]
     settings = _settings(
         model,
         encoder,
@@ -168,20 +171,6 @@ def stream(
         thread.join()
     if failures:
         raise failures[0]
-
-
-def _encode_chat(
-    processor: ProcessorMixin,
-    encoder: ConversationEncoder,
-    messages: Sequence[Mapping[str, Any]],
-    images: Sequence[Image.Image],
-) -> BatchFeature:
-    turns = [Turn(message["role"], _text_of(message["content"])) for message in messages]
-    text = "".join(segment.text for segment in encoder.template.segments(turns, where=CHAT))
-    if (marks := text.count(processor.image_token)) != len(images):
-        raise UserError(f"{CHAT}: {marks} {IMAGE_PLACE} marks for {len(images)} pictures; each picture needs one mark.")
-    has_bos = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
-    return processor(text=[text], images=list(images) or None, add_special_tokens=not has_bos, return_tensors="pt")
 
 
 def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:

@@ -192,6 +192,23 @@ class ConversationEncoder:
         turns = conversation.turns
         return self._encode(conversation, turns[:-1] if turns[-1].role == "assistant" else turns)
 
+    def encode_turns(self, turns: Sequence[Turn], images: Sequence[Image.Image], *, where: str) -> dict[str, Any]:
+        """Turns and RGB pictures from memory to `input_ids`, `labels`, `attention_mask` and `pixel_values`.
+
+        Turns that end with the user's are made ready for an answer. Raises UserError as `encode` does.
+        """
+        segments = self.template.segments(turns, where=where)
+        pixel_values, segments = self._place_images(segments, images, where)
+        input_ids, labels = self._tokenize(segments)
+        self._check(input_ids, segments, where)
+        attention_mask = torch.ones_like(input_ids)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "pixel_values": pixel_values,
+        }
+
     def show(self, sample: dict[str, Any]) -> Text:
         """The decoded sample for the eye: the supervised span green and underlined, image tokens as one mark."""
         ids, labels = sample["input_ids"], sample["labels"]
@@ -221,33 +238,23 @@ class ConversationEncoder:
         return ids[0]
 
     def _encode(self, conversation: Conversation, turns: Sequence[Turn]) -> dict[str, Any]:
-        where = conversation.where
-        segments = self.template.segments(turns, where=where)
-        pixel_values, segments = self._place_images(conversation, segments)
-        input_ids, labels = self._tokenize(segments)
-        self._check(input_ids, segments, where)
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": pixel_values,
-            "domain": conversation.domain,
-            "where": where,
-        }
+        images = [open_image(path, where=conversation.where) for path in conversation.images]
+        sample = self.encode_turns(turns, images, where=conversation.where)
+        return sample | {"domain": conversation.domain, "where": conversation.where}
 
-    def _place_images(self, conversation: Conversation, segments: list[Segment]) -> tuple[Tensor, list[Segment]]:
+    def _place_images(
+        self, segments: list[Segment], images: Sequence[Image.Image], where: str
+    ) -> tuple[Tensor, list[Segment]]:
         """Pixels `[N, 3, H, W]`, and the segments with each image token repeated as the processor's rule says."""
         num_places = sum(segment.text.count(self.processor.image_token) for segment in segments)
-        if num_places != len(conversation.images):
+        if num_places != len(images):
             raise UserError(
-                f"{conversation.where}: {num_places} places for pictures in the rendered text, but "
-                f"{len(conversation.images)} pictures. Put one {IMAGE_PLACE} per picture into the questions, and write "
-                f"no {self.processor.image_token} elsewhere."
+                f"{where}: {num_places} places for pictures in the rendered text, but {len(images)} pictures. Put one "
+                f"{IMAGE_PLACE} per picture into the questions, and write no {self.processor.image_token} elsewhere."
             )
-        if not conversation.images:
+        if not images:
             return self._no_pixels, segments
-        images = [open_image(path, where=conversation.where) for path in conversation.images]
-        processed = self.processor.image_processor(images, return_tensors="pt")
+        processed = self.processor.image_processor(list(images), return_tensors="pt")
         tokens = [self.processor.replace_image_token(processed, image_idx=index) for index in range(len(images))]
         texts, _ = self.processor.get_text_with_replacements([segment.text for segment in segments], tokens)
         expanded = [Segment(text, segment.supervised) for text, segment in zip(texts, segments, strict=True)]

@@ -284,7 +284,7 @@ def test_temperature_samples_and_zero_does_not(llava):
 
 
 def test_marks_and_pictures_that_differ_in_number_are_refused(llava):
-    with pytest.raises(UserError, match="1 <image> marks for 2 pictures"):
+    with pytest.raises(UserError, match="1 places for pictures in the rendered text, but 2 pictures"):
         list(chat(llava, images=[tiny_image(), tiny_image()]))
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mllm.data import ConversationEncoder, check_mixture, load_mixture
+from mllm.data import ConversationEncoder, check, check_mixture, load_mixture
 from tests.mllm.data.conftest import record
 
 
@@ -31,6 +31,13 @@ def test_missing_and_undecodable_pictures_are_found(mixture):
 
 def test_without_decoding_only_missing_pictures_are_found(mixture):
     assert bad_rows(check_mixture(mixture, decode=False, progress=False)) == [2]
+
+
+def test_several_processes_find_the_same(mixture, encoder, monkeypatch):
+    alone = check_mixture(mixture, encoder, progress=False)
+    monkeypatch.setattr(check._RowCheck, "ROWS_FOR_PROCESSES", 1)
+    monkeypatch.setattr(check._RowCheck, "BATCH", 2)
+    assert check_mixture(mixture, encoder, progress=False) == alone
 
 
 def test_an_encoder_finds_rows_that_are_too_long_too(mixture, processor):

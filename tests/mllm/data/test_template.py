@@ -114,6 +114,12 @@ def test_pictures_keep_their_places(encoder, conversation, text, expected):
     assert decode(encoder, sample["input_ids"]).replace("<image>" * 9, "@").startswith(expected)
 
 
+def test_where_the_template_moves_pictures_to_the_front_the_text_is_closed_up(conversation):
+    encoder = ENCODERS["parts without end"]
+    sample = encoder.encode_prompt(conversation("What?\n<image>", "x", image="red.png"))
+    assert decode(encoder, sample["input_ids"]) == "USER: " + "<image>" * 9 + "\nWhat? ASSISTANT:"
+
+
 def test_the_kth_mark_is_the_kth_picture(encoder, conversation):
     both = encoder.encode(conversation("<image>", "a", "then <image>", "b", image=["red.png", "blue.png"]))
     alone = encoder.encode(conversation("<image>", "a", image="blue.png"))
