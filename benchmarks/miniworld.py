@@ -1,4 +1,4 @@
-"""How fast miniworld draws, and how many draws 100,000 distinct samples a domain take: ``python -m benchmarks.miniworld``."""
+"""How fast miniworld draws, and how many draws 100,000 distinct samples of a domain take."""
 
 import json
 import os

@@ -16,10 +16,14 @@ from rich.console import Console
 
 from mllm.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
 console = Console()
 
-Arms = Annotated[list[str] | None, typer.Option("--arm", help="NAME=ADAPTER_FOLDER; repeat. `base` alone is the model without one.")]
+Arms = Annotated[
+    list[str] | None, typer.Option("--arm", help="NAME=ADAPTER_FOLDER; repeat. `base` alone is the model without one.")
+]
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -117,7 +121,9 @@ def check(
 @plain_errors
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report.")] = Path("runs/quickstart"),
-    quick: Annotated[bool, typer.Option(help="A tenth of the work, to see that all parts run.")] = bool(os.environ.get("QUICK")),
+    quick: Annotated[bool, typer.Option(help="A tenth of the work, to see that all parts run.")] = bool(
+        os.environ.get("QUICK")
+    ),
 ) -> None:
     """Draw miniworld, train LoRA and MoLE on its three domains, score both beside the base, and report."""
     from mllm.quickstart import quickstart as run

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from mllm.build import load
+from mllm.console import quieten
 from mllm.data.conversation import Conversation
 from mllm.data.sources import Source
 from mllm.errors import UserError
@@ -15,6 +16,7 @@ from mllm.evaluation.answers import check_gradable, collect_answers
 from mllm.evaluation.report import Arm, build_report, print_report, write_report
 from mllm.generate import answer
 from mllm.mole import routing_context
+from mllm.provenance import provenance
 from mllm.routing.stats import RoutingStats
 
 
@@ -30,7 +32,6 @@ def evaluate_arms(
     limit: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 32,
-    about: dict | None = None,
 ) -> dict:
     """Scores one model with each of several adapters on the same questions, prints the tables and writes the report.
 
@@ -38,7 +39,6 @@ def evaluate_arms(
         adapters: arm name -> adapter folder, None for the model alone; the first arm is what others are compared with.
         train_rows: where the blind baseline learns the commonest answers; without it there is no baseline.
         limit: only the first so many questions of each source.
-        about: what else report.json shall say under ``about``.
 
     Returns:
         The report, as written to ``out/report.json``.
@@ -46,6 +46,7 @@ def evaluate_arms(
     Raises:
         UserError: questions, pictures, model or adapter cannot be read, or no question has an answer to score by.
     """
+    quieten()
     rows = [row for row in Source(questions, image_root=image_root) if row.metric != "not_graded"]
     rows = first_of_each_source(rows, limit)
     check_gradable(rows)
@@ -56,9 +57,13 @@ def evaluate_arms(
         for name, adapter in adapters.items()
     }  # fmt: skip
     report = build_report(arms, known)
-    recipe = {"model": str(model), "adapters": {name: str(path) for name, path in adapters.items() if path}}
-    decoding = {"questions": questions.name, "decoding": "greedy", "max_new_tokens": max_new_tokens}
-    report["about"] = recipe | decoding | (about or {})
+    report["about"] = {
+        "model": str(model),
+        "adapters": {name: str(path) for name, path in adapters.items() if path},
+        "questions": questions.name,
+        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens},
+        "measured": provenance(),
+    }
     write_report(report, arms, out)
     print_report(report)
     return report
