@@ -261,6 +261,12 @@ def _create_clip(name: str, pretrained: str | None) -> tuple[nn.Module, dict[str
         )
     if pretrained and Path(pretrained).is_file() and Path(pretrained).suffix != ".safetensors":
         raise UserError(f"{pretrained}: weights are read from safetensors files only, to be safe from pickled code.")
+    weights_config = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    if weights_config and weights_config.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
+        raise UserError(
+            f"The weights {pretrained!r} were trained with QuickGELU, which the tower {name!r} does not use: its "
+            f"features would be silently off. Use {name + '-quickgelu'!r}."
+        )
     try:
         clip = open_clip.create_model(name, pretrained=pretrained)
     except (RuntimeError, ValueError, OSError) as error:
@@ -274,14 +280,16 @@ def _create_clip(name: str, pretrained: str | None) -> tuple[nn.Module, dict[str
 
 def _load_language_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"Could not read a causal language model from {str(name)!r}: {_first_line(error)}") from error
 
 
 def _load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"Could not read a tokenizer from {str(name)!r}: {_first_line(error)} Give tokenizer=…"
@@ -448,7 +456,7 @@ def _load_config(source: str, path: str | Path) -> PreTrainedConfig:
             f"No checkpoint in {path}: the folder has no config.json. Expected one written by save_pretrained."
         )
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"No such checkpoint: {path}. It is neither a folder written by save_pretrained nor a hub id that can be "
@@ -475,7 +483,7 @@ def _load_model(
 
 def _load_processor(source: str, path: str | Path, config: PreTrainedConfig) -> LlavaProcessor:
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"The checkpoint {path} has no processor (tokenizer and image processor): {_first_line(error)}"

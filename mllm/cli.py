@@ -4,7 +4,6 @@
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -13,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mllm.errors import UserError
 
@@ -34,17 +34,15 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
 
 
 def start_module(module: str, *arguments: str) -> None:
-    """Runs ``python -m module`` in its own process and ends with its status if it fails."""
-    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
-    if status:
-        raise typer.Exit(status)
+    """Becomes ``python -m module``: signals and the exit status are then its own."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -66,7 +64,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.md, report.png and answers/.")],
     model: Annotated[str, typer.Option(help="Folder, hub id, or `miniworld`.")] = "miniworld",
     arm: Arms = None,
-    train_rows: Annotated[Path | None, typer.Option("--train", help="Training rows, for the blind baseline.")] = None,
+    train_rows: Annotated[
+        Path | None, typer.Option("--train", help="Training rows (a mixture YAML or JSON), for the blind baseline.")
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where pictures lie; default: the questions' folder.")] = None,
     blanked: Annotated[bool, typer.Option(help="Also score each arm with the picture blanked.")] = True,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each source.")] = None,
@@ -76,17 +76,28 @@ def evaluate(
     """Answer a question set with several adapters of one model; print and store scores per domain and source."""
     from mllm.evaluate import evaluate_arms
 
-    adapters = dict(parse_arm(text) for text in arm or ["base"])
+    adapters = parse_arms(arm or ["base"])
     evaluate_arms(
         model, adapters, questions, out, train_rows=train_rows, image_root=image_root, blanked=blanked, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens,
     )  # fmt: skip
 
 
+def parse_arms(texts: list[str]) -> dict[str, str | None]:
+    """Arm name -> adapter folder, in the order given. Raises UserError for a name that comes twice."""
+    arms: dict[str, str | None] = {}
+    for text in texts:
+        name, folder = parse_arm(text)
+        if name in arms:
+            raise UserError(f"--arm {text}: there is an arm {name!r} already; give each a name of its own.")
+        arms[name] = folder
+    return arms
+
+
 def parse_arm(text: str) -> tuple[str, str | None]:
     """``lora=runs/lora/adapter`` -> ("lora", folder); ``base`` -> ("base", None)."""
     name, _, folder = text.partition("=")
-    if not name or (not folder and name != "base"):
+    if not name or "/" in name or (not folder and name != "base"):
         raise UserError(f"--arm {text}: expected NAME=ADAPTER_FOLDER, or `base` for the model without an adapter.")
     return name, folder or None
 
@@ -94,7 +105,7 @@ def parse_arm(text: str) -> tuple[str, str | None]:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @plain_errors
 def chat(context: typer.Context) -> None:
-    """Chat with pictures in a browser, on this machine only; options as in python -m demo --help."""
+    """Chat with pictures in a browser, on this machine unless told otherwise; options: python -m demo --help."""
     start_module("demo", *context.args)
 
 
@@ -112,7 +123,7 @@ def check(
     from mllm.data.template import ConversationEncoder
 
     report = check_mixture(load_mixture(mixture), ConversationEncoder(load_processor(model), max_length))
-    console.print(report)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if report.bad:
         raise typer.Exit(1)
 

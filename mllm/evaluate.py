@@ -10,6 +10,7 @@ from rich.console import Console
 from mllm.build import load
 from mllm.console import quieten
 from mllm.data.conversation import Conversation
+from mllm.data.mixture import load_mixture
 from mllm.data.sources import Source
 from mllm.errors import UserError
 from mllm.evaluation.answers import check_gradable, collect_answers
@@ -50,7 +51,10 @@ def evaluate_arms(
     rows = [row for row in Source(questions, image_root=image_root) if row.metric != "not_graded"]
     rows = first_of_each_source(rows, limit)
     check_gradable(rows)
-    known = Source(train_rows, image_root=image_root, check_files=False) if train_rows else []
+    known = load_mixture(train_rows) if train_rows else []
+    for name, adapter in adapters.items():
+        if adapter is not None and not Path(adapter).is_dir():  # before the first arm spends an hour answering
+            raise UserError(f"arm {name}: no adapter folder {adapter}.")
     arms = {
         name: answer_arm(model, adapter, rows, name=name, blanked=blanked, batch_size=batch_size,
                          max_new_tokens=max_new_tokens)

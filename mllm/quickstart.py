@@ -1,6 +1,7 @@
 """The whole path in one command: draw miniworld, train LoRA and MoLE on its three domains, score, report."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,9 +47,14 @@ def quickstart(out: Path, *, quick: bool) -> dict:
 def step(module: str, *arguments: str) -> None:
     """Prints a command as one would type it, runs it, and stops the quickstart if it fails."""
     console.rule(f"[bold]python -m {module} {' '.join(arguments)}", align="left")
-    status = subprocess.run([sys.executable, "-m", module, *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    if status.returncode:
-        raise SystemExit(status.returncode)
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a killed quickstart leaves nothing running
+    try:
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status:
+        raise SystemExit(status)
 
 
 def say_where_things_are(out: Path, *, minutes: float) -> None:

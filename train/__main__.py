@@ -54,7 +54,7 @@ def join_launcher() -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Check, then run; a new folder in which nothing was saved yet does not outlive a mistake in the data."""
+    """Check, then run; a new folder in which nothing was saved or logged yet does not outlive a mistake in the data."""
     from train.check import CHECKPOINTS, check_run
     from train.run import run_stage
 
@@ -64,9 +64,16 @@ def train(config: TrainConfig) -> None:
     try:
         run_stage(config, mixture)
     except UserError:
-        if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")):
+        if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def logged(folder: Path) -> bool:
+    """Whether a run has anything to tell yet."""
+    from train.trainer import LOG
+
+    return (folder / LOG).is_file() and (folder / LOG).stat().st_size > 0
 
 
 def original_message(error: UserError) -> str:

@@ -1,5 +1,6 @@
 """What can be wrong with a run before it starts: said in a second, before any folder or process group is made."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mllm.errors import UserError
 from train.config import RunSection, TrainConfig, read_yaml
 from train.parts import adapter_config
 
+ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 SETTINGS = "config.yaml"
 # What may change between a run and its continuation.
@@ -39,7 +41,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
         )
     find_checkpoint(config)
     mixture = load_mixture(config.data.mixture)
-    if mixture.config.bad_images == "error":
+    if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
         check_pictures_exist(mixture)
     return mixture
 
@@ -73,17 +75,30 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if run.resume != "auto":
         if not Path(run.resume, "trainer_state.json").is_file():
             raise UserError(f"run.resume: {run.resume} is no checkpoint of a run (it has no trainer_state.json).")
+        check_settings(config, Path(run.resume).parent.parent)
         return Path(run.resume)
     found = {int(path.name.rsplit("-", 1)[1]): path for path in (run.output_dir / CHECKPOINTS).glob("checkpoint-*")}
+    if not found and (run.output_dir / ADAPTER).exists():
+        raise UserError(
+            f"run.output_dir {run.output_dir} holds a finished run. Set another run.output_dir, or run.resume=never to"
+            " train anew in its place."
+        )
     if not found:
         return None
-    changed = differences(read_yaml(run.output_dir / SETTINGS), config.model_dump(mode="json"))
+    check_settings(config, run.output_dir)
+    return found[max(found)]
+
+
+def check_settings(config: TrainConfig, folder: Path) -> None:
+    """Raises UserError, naming the differences, if the run in a folder had settings that change its course."""
+    if not (folder / SETTINGS).is_file():
+        return
+    changed = differences(read_yaml(folder / SETTINGS), config.model_dump(mode="json"))
     if changed:
         raise UserError(
-            f"run.output_dir {run.output_dir} holds a run with other settings ({'; '.join(changed)}). Set another"
-            " run.output_dir, or run.resume=never to start anew in its place."
+            f"{folder} holds a run with other settings ({'; '.join(changed)}). Set another run.output_dir, or"
+            " run.resume=never to start anew in its place."
         )
-    return found[max(found)]
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:

@@ -72,7 +72,7 @@ class RunSection(Section):
     micro_batch_size: int = Field(16, gt=0)  # samples a rank holds at once; halve it when memory runs out
     seed: int = 0
     log_every: int = Field(10, gt=0)  # steps between two entries of the log
-    save_every: int = Field(0, ge=0)  # steps between two checkpoints to resume from; 0 writes none
+    save_every: int = Field(500, ge=0)  # steps between two checkpoints to resume from; 0 writes none
     keep: int = Field(2, ge=1)  # checkpoints kept, the newest ones
     resume: str = "auto"  # auto: the newest checkpoint of output_dir if any · never · path of a checkpoint you trust
     report_to: Literal["tensorboard", "none"] = "tensorboard"

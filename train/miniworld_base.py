@@ -12,9 +12,10 @@ Each stage leaves its weights in ``--work``, so an interrupted run goes on with 
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -260,15 +261,17 @@ def train_llava(model: LlavaForConditionalGeneration, batches: SceneBatches, pla
     optimise([p for p in model.parameters() if p.requires_grad], plan, loss_of, name)
 
 
-def kept(path: Path, module: nn.Module, train: Callable[[], None]) -> None:
-    """A stage: its weights are read from ``path`` if an earlier run left them there, else trained and left there."""
-    if path.exists():
+def kept(path: Path, module: nn.Module, recipe: dict, train: Callable[[], None]) -> None:
+    """A stage: weights that a run of the same recipe left in ``path`` are read, else they are trained and left."""
+    card = path.with_suffix(".json")
+    if card.exists() and json.loads(card.read_text())["recipe"] == recipe:
         module.load_state_dict(load_file(path), strict=False)  # a tied head is stored once
         return
     start = time.time()
     train()
-    save_model(module, path)
-    path.with_suffix(".json").write_text(json.dumps({"minutes": round((time.time() - start) / 60, 1)}))
+    if rank() == 0:
+        save_model(module, path)
+        card.write_text(json.dumps({"minutes": round((time.time() - start) / 60, 1), "recipe": recipe}))
 
 
 def main(
@@ -278,13 +281,16 @@ def main(
     scale: Annotated[float, typer.Option(help="Times the plan's number of scenes; 0.01 for a trial.")] = 1.0,
 ) -> None:
     """Train the embedded base and score it on unseen scenes with neutral questions."""
+    if "WORLD_SIZE" in os.environ:  # under torchrun
+        dist.init_process_group("gloo")
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     plan = Plan().scaled(scale)
+    recipe = {"seed": seed, "plan": [list(stage) for stage in astuple(plan)]}
     tokenizer = kept_tokenizer(work / "tokenizer", seed)
 
     clip = contrastive_model(tokenizer)
-    kept(work / "tower.safetensors", clip, lambda: train_tower(clip, tokenizer, plan.tower, seed))
+    kept(work / "tower.safetensors", clip, recipe, lambda: train_tower(clip, tokenizer, plan.tower, seed))
 
     tower = (clip, {"embed_dim": EMBEDDING, "vision_cfg": VISION})
     model, processor = build(
@@ -293,12 +299,13 @@ def main(
     model.train()
     model.model.vision_tower.requires_grad_(False)
     batches = SceneBatches(processor, seed + 1, captions=1.0)
-    kept(work / "align.safetensors", model, lambda: train_llava(model, batches, plan.align, "align"))
+    kept(work / "align.safetensors", model, recipe, lambda: train_llava(model, batches, plan.align, "align"))
 
     model.requires_grad_(True)
     batches = SceneBatches(processor, seed + 2, captions=0.5)
-    kept(work / "instruct.safetensors", model, lambda: train_llava(model, batches, plan.instruct, "instruct"))
-    publish(model, processor, out, work, {"seed": seed, "plan": asdict(plan)})
+    kept(work / "instruct.safetensors", model, recipe, lambda: train_llava(model, batches, plan.instruct, "instruct"))
+    if rank() == 0:
+        publish(model, processor, out, work, {"seed": seed, "plan": asdict(plan)})
 
 
 def publish(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path, work: Path, card: dict) -> None:

@@ -22,10 +22,10 @@ from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture
 from mllm.data.template import ConversationEncoder
-from train.check import CHECKPOINTS, SETTINGS, find_checkpoint
+from train.check import ADAPTER, CHECKPOINTS, SETTINGS, find_checkpoint
 from train.config import TrainConfig
 from train.parts import build_model, part_of, part_rate, trained
-from train.trainer import ADAPTER, LOG, LogFile, MllmTrainer, ProgressLine
+from train.trainer import LOG, LogFile, MllmTrainer, ProgressLine
 from train.zero import deepspeed_config
 
 TENSORBOARD = "tensorboard"
@@ -42,7 +42,8 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     set_seed(config.run.seed)  # adapters start from the same values on every rank
     checkpoint = find_checkpoint(config)
     model, processor = build_model(config)
-    encoder = ConversationEncoder(processor, config.data.max_length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    encoder = ConversationEncoder(processor, min(config.data.max_length, positions))
     card = base_card(model, config.model.path, processor)
     steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
     if is_first():

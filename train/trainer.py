@@ -24,11 +24,11 @@ from mllm.data.template import IGNORED
 from mllm.errors import UserError
 from mllm.mole import routing_context, routing_loss
 from mllm.routing.stats import RoutingStats
+from train.check import ADAPTER
 from train.config import TrainConfig
 from train.feed import RunOrder
 from train.parts import gather_trained, parameter_groups, write_adapter
 
-ADAPTER = "adapter"
 LOG = "train_log.jsonl"
 
 

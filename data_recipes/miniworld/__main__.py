@@ -1,5 +1,6 @@
 """Writes miniworld as ordinary LLaVA JSON with images: ``python -m data_recipes.miniworld --out runs/miniworld``."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ import typer
 from rich.progress import track
 
 from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Question, Split, scenes
+from mllm.errors import UserError
 
+CARD = "miniworld.json"  # what a folder was drawn with, and the sign that we may replace it
 SHORT = {"train": 2500, "val": 100, "test": 300}
 
 
@@ -31,12 +34,12 @@ def write(out: Path, sizes: dict[Split, int], *, questions: int = 2, seed: int =
 
     ``captions.json`` holds the dense captions of the training scenes, for a projector alignment run.
     """
-    card = {"seed": seed, "questions": questions, "sizes": sizes, "neutral": neutral}
+    card = {"seed": seed, "questions": questions, "sizes": sizes, "neutral": neutral, "recipe": recipe_version()}
     conventions = dict.fromkeys(DOMAINS, NEUTRAL) if neutral else CONVENTIONS
-    if (out / "card.json").exists() and json.loads((out / "card.json").read_text()) == card:
+    if (out / CARD).exists() and json.loads((out / CARD).read_text()) == card:
         return out
-    if out.exists() and not (out / "card.json").exists():
-        raise FileExistsError(f"{out} exists and was not written by miniworld. Name another folder with --out.")
+    if out.exists() and not (out / CARD).exists():
+        raise UserError(f"{out} exists and was not written by miniworld. Name another folder with --out.")
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     for split, size in sizes.items():
@@ -55,9 +58,17 @@ def write(out: Path, sizes: dict[Split, int], *, questions: int = 2, seed: int =
         (draft / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
         if split == "train":
             (draft / "captions.json").write_text(json.dumps(captions, indent=0), encoding="utf-8")
-    (draft / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    (draft / CARD).write_text(json.dumps(card), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     return draft.rename(out)
+
+
+def recipe_version() -> str:
+    """A hash of the code that draws, so that a folder drawn by older code is not taken for the same."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _question_records(identity: str, about: dict, questions: list[Question]) -> list[dict]:
@@ -73,4 +84,7 @@ def _record(identity: str, about: dict, question: str, answer: str) -> dict:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -92,7 +92,9 @@ class _RowCheck(Dataset[UserError | int | None]):
         self._decoded: set[Path] = set()
 
     def all(self) -> Iterator[UserError | int | None]:
-        processes = os.cpu_count() or 1 if len(self) >= self.ROWS_FOR_PROCESSES else 0
+        reads_files = self.decode or self.encoder is not None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = cores if reads_files and len(self) >= self.ROWS_FOR_PROCESSES else 0
         yield from chain.from_iterable(DataLoader(self, self.BATCH, num_workers=processes, collate_fn=list))
 
     def __len__(self) -> int:

@@ -9,8 +9,9 @@ from mllm.evaluation.metrics import collapse, score
 
 
 class BlindBaseline:
-    """Answers every question by the commonest training answer: to this very question of the source, else to its qtype
-    there, else in the source, else in its domain, else at all. Ties go to the answer met first.
+    """Answers every question by the commonest training answer: to this very question in its source, else in its domain,
+    else anywhere; else to its qtype in the source, else in the source, the domain, at all. Ties go to the answer met
+    first.
     """
 
     def __init__(self, train_rows: Iterable[Conversation]) -> None:
@@ -46,4 +47,8 @@ def _keys(source: str, domain: str, qtype: str, question: str) -> list[tuple[str
     """From the narrowest group of training rows to the widest."""
     by_qtype = [("qtype", source, qtype)] if qtype else []
     text = collapse(question.replace(IMAGE_PLACE, ""))
-    return [("question", source, text), *by_qtype, ("source", source), ("domain", domain), ("all",)]
+    asked_anywhere = [
+        ("question of domain", domain, text),
+        ("question", text),
+    ]  # sources may be named otherwise in training
+    return [("question", source, text), *asked_anywhere, *by_qtype, ("source", source), ("domain", domain), ("all",)]

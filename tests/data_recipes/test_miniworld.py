@@ -14,6 +14,7 @@ from data_recipes.miniworld.canvas import SIZE
 from data_recipes.miniworld.conventions import patient_place, viewer_place
 from data_recipes.miniworld.general import COLOURS, SHAPES
 from mllm.data.sources import Source
+from mllm.errors import UserError
 from mllm.evaluation.metrics import score
 
 SIZES = {"train": 6, "val": 2, "test": 3}
@@ -37,7 +38,7 @@ def test_splits_share_no_caption(domain):
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_samples_hardly_repeat(domain):
-    """benchmarks/miniworld.py draws until 100,000 samples of each domain differ; here a tenth of that must nearly all differ."""
+    """benchmarks/miniworld.py draws on until 100,000 differ."""
     drawn = (draw_scene(domain, "train", index) for index in range(5_000))
     assert len({(scene.caption, scene.ask(rng, NEUTRAL)) for scene, rng in drawn}) > 4_500
 
@@ -120,6 +121,6 @@ def test_writing_again_with_the_same_settings_changes_nothing(tmp_path):
 def test_a_foreign_folder_is_never_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not written by miniworld"):
+    with pytest.raises(UserError, match="not written by miniworld"):
         write(tmp_path / "mine", SIZES)
     assert (tmp_path / "mine" / "thesis.txt").exists()

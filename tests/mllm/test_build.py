@@ -402,3 +402,8 @@ def test_fingerprint_tells_apart_models_of_the_same_shape(llava, part):
     with torch.no_grad():
         weight.mul_(1.1)
     assert fingerprint(model) != fingerprint(llava[0])
+
+
+def test_weights_trained_with_quick_gelu_are_refused_on_a_tower_without_it():
+    with pytest.raises(UserError, match="ViT-B-32-quickgelu"):
+        build("ViT-B-32", tiny_language_model(), tokenizer=tiny_tokenizer(), pretrained="openai")

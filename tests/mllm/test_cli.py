@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from mllm.build import load, write_base_card
-from mllm.cli import app, parse_arm
+from mllm.cli import app, parse_arm, parse_arms
 from mllm.errors import UserError
 from tests.tiny import tiny_image, write_tiny_llava
 from train.launch import main as launch
@@ -88,6 +88,26 @@ def test_an_arm_is_a_name_and_a_folder():
     assert parse_arm("base") == ("base", None)
     with pytest.raises(UserError, match="NAME=ADAPTER_FOLDER"):
         parse_arm("runs/mole/adapter")
+
+
+def test_an_arm_name_given_twice_is_refused():
+    assert list(parse_arms(["base", "a=x", "b=y"])) == ["base", "a", "b"]
+    with pytest.raises(UserError, match="already"):
+        parse_arms(["mole=x", "mole=y"])
+
+
+def test_a_missing_adapter_is_named_before_any_arm_answers(base, data, tmp_path):
+    arms = ("--arm", "base", "--arm", f"mole={tmp_path / 'gone'}")
+    status, printed = run("eval", "--model", base, *arms, "--questions", data, "--out", tmp_path / "out")
+    assert status == 2
+    assert "gone" in printed
+    assert "questions/s" not in printed
+
+
+def test_messages_are_shown_as_they_are_not_as_markup(base, tmp_path):
+    status, printed = run("eval", "--model", base, "--questions", tmp_path / "data[v2].json", "--out", tmp_path / "out")
+    assert status == 2
+    assert "data[v2].json" in printed
 
 
 # What is wrong with the data, and what the message must hold.

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from mllm.data.images import ImageError
+from mllm.errors import UserError
 from tests.train.data import write_config
 from train.__main__ import main, original_message
 from train.check import differences, find_checkpoint
@@ -105,3 +106,11 @@ def test_an_error_from_a_loading_process_is_told_without_that_processs_traceback
     )
     said = original_message(ImageError(wrapped))
     assert said == "a.json: row 3: image b.png cannot be decoded (OSError: Truncated). Replace it."
+
+
+def test_a_finished_run_is_not_overwritten_unasked(healthy, tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    settings = [f"run.output_dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="finished run"):
+        find_checkpoint(load_config(healthy / "config.yaml", settings))
+    assert find_checkpoint(load_config(healthy / "config.yaml", [*settings, "run.resume=never"])) is None

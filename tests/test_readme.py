@@ -1,0 +1,49 @@
+"""What README claims and a test can check."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mllm.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_folder_of_the_tree_exists():
+    block = README.split("## The tree")[1].split("```")[1].strip("\n")
+    parent = ROOT
+    for line in block.splitlines():
+        name = line.split()[0]
+        parent = parent if line.startswith(" ") else ROOT / name
+        assert (parent / name if line.startswith(" ") else parent).is_dir(), line
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "demo"])
+def test_every_make_target_exists(target):
+    assert f"make {target}" in README
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_every_command_exists():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    named = set(re.findall(r"^mllm (\w+)", README, re.M))
+    assert named
+    assert named <= commands
+
+
+def test_every_config_named_exists():
+    named = re.findall(r"train/configs/\w+\.yaml", README)
+    assert named
+    assert all((ROOT / path).is_file() for path in named)
+
+
+def test_the_quickstart_table_is_the_committed_result():
+    """Each score in the table between the marks is that of benchmarks/results/quickstart.json, rounded."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "quickstart" / "report.json").read_text())
+    table = README.split("<!-- quickstart -->")[1].split("<!-- /quickstart -->")[0]
+    for arm in report["arms"].values():
+        for figures in arm["domains"].values():
+            assert f"{100 * figures['score']:.1f}" in table
