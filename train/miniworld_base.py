@@ -51,6 +51,7 @@ from mllm.provenance import provenance
 
 ASSETS, WORK = Path("mllm/assets/miniworld"), Path("runs/miniworld_base")
 VOCABULARY = 2048
+QUESTIONS = 8  # asked of a scene that is not described
 EMBEDDING = 128  # width of the contrastive space
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VISION = {"image_size": 96, "patch_size": 12, "width": 192, "layers": 5, "head_width": 32}
@@ -218,7 +219,7 @@ class SceneBatches:
     """Scenes to batches, through the template and collator that instruction tuning uses."""
 
     def __init__(self, processor: LlavaProcessor, seed: int, captions: float, turns: tuple[str, ...] = DOMAINS) -> None:
-        """``captions``: share of scenes that are described; the others are asked four neutral questions.
+        """``captions``: share of scenes that are described; the others are asked neutral questions.
         ``turns``: domains, one after the other; a domain that stands there twice comes twice as often.
         """
         self.encoder, self.collator = ConversationEncoder(processor), Collator(processor)
@@ -236,7 +237,7 @@ class SceneBatches:
         if rng.random() < self.captions:
             exchanges = [("Describe the picture.", scene.caption)]
         else:
-            exchanges = [(asked.text, asked.answer) for asked in scene.ask_several(rng, NEUTRAL, 4)]
+            exchanges = [(asked.text, asked.answer) for asked in scene.ask_several(rng, NEUTRAL, QUESTIONS)]
         turns = [turn for question, answer in exchanges for turn in (Turn("user", question), Turn("assistant", answer))]
         turns[0] = Turn("user", f"{IMAGE_PLACE}\n{turns[0].text}")
         sample = self.encoder.encode_turns(turns, [picture], where=scene.source)

@@ -104,5 +104,5 @@ def test_neutral_questions_are_answered(miniworld, tmp_path):
     rows = list(Source(write(tmp_path / "w", {"test": 20}, neutral=True) / "test.json"))
     replies = answer(*miniworld, rows, batch_size=64, max_new_tokens=8, progress=False)
     right = [score(row.metric, reply, row.answers) for row, reply in zip(rows, replies, strict=True)]
-    assert sum(right) / len(right) > 0.6
+    assert sum(right) / len(right) > 0.45  # blind guessing gets 0.26
     assert NEUTRAL.presence == ("yes", "no")

@@ -168,6 +168,7 @@ def test_a_truncated_picture_stops_all_ranks_by_name_and_leaves_no_folder(folder
     (folder / "cut.json").write_text(json.dumps(rows))
     (folder / "cut.yaml").write_text("sources: [{path: cut.json, image_root: images}]")
     overrides = [f"data.mixture={folder / 'cut.yaml'}", f"run.output_dir={tmp_path / 'run'}", "data.workers=1"]
+    overrides.append("run.log_every=100")  # a folder with a log would be kept
     status = launch(folder / "config.yaml", overrides, num_processes=2)
     said = capfd.readouterr().err
     assert status == 2
