@@ -207,6 +207,7 @@ def test_closing_the_tab_ends_the_generation(page, talker, served):
     page.driver.close()
     page.driver.switch_to.window(mine)
     page.wait(lambda: talker.is_silent(during=0.5), seconds=15)
+    assert talker.is_silent(during=0.5)
 
 
 def test_the_page_asks_no_other_host_for_anything(page):

@@ -96,7 +96,7 @@ def test_a_scaled_plan_keeps_rates_and_batches():
     assert small.instruct == (plan.instruct[0] // 2, *plan.instruct[1:])
 
 
-def test_neutral_questions_are_answered(miniworld, tmp_path):
+def test_neutral_questions_are_answered_far_above_blind_guessing(miniworld, tmp_path):
     from data_recipes.miniworld.__main__ import write
     from mllm.data.sources import Source
     from mllm.evaluation.metrics import score
@@ -104,5 +104,5 @@ def test_neutral_questions_are_answered(miniworld, tmp_path):
     rows = list(Source(write(tmp_path / "w", {"test": 20}, neutral=True) / "test.json"))
     replies = answer(*miniworld, rows, batch_size=64, max_new_tokens=8, progress=False)
     right = [score(row.metric, reply, row.answers) for row, reply in zip(rows, replies, strict=True)]
-    assert sum(right) / len(right) > 0.45  # blind guessing gets 0.26
+    assert sum(right) / len(right) > 0.45  # blind gets 0.26; hoped for 0.6, the base shipped scored 0.596 on 1,500
     assert NEUTRAL.presence == ("yes", "no")
