@@ -1,6 +1,6 @@
 """What a drawn scene offers: a source name, a dense caption, a painter and questions; and the wording they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -58,7 +58,21 @@ class Scene:
         (form,) = rng.choices(list(self.questions), self.weights)
         return self.questions[form](rng, convention)
 
-    def ask_several(self, rng: Random, convention: Convention, count: int) -> list[Question]:
-        """Up to ``count`` questions with different texts."""
-        asked = {question.text: question for question in (self.ask(rng, convention) for _ in range(2 * count))}
+    def ask_several(
+        self, rng: Random, convention: Convention, count: int, forms: Container[str] = ()
+    ) -> list[Question]:
+        """Up to ``count`` questions with different texts; of these forms only, each as likely, if any are given."""
+        chosen = [form for form in self.questions if form in forms]
+        drawn = (
+            self.questions[rng.choice(chosen)](rng, convention) if chosen else self.ask(rng, convention)
+            for _ in range(2 * count)
+        )
+        asked = {question.text: question for question in drawn}
         return list(asked.values())[:count]
+
+    def caption_in_any_order(self, rng: Random) -> str:
+        """The caption with its facts shuffled: where a thing is no longer follows from its turn."""
+        kind, _, listing = self.caption.partition(": ")
+        facts = listing.split(", ")
+        rng.shuffle(facts)
+        return f"{kind}: {', '.join(facts)}"

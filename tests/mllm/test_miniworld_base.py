@@ -12,7 +12,7 @@ from mllm.data.collate import Collator
 from mllm.data.conversation import Turn
 from mllm.data.template import ConversationEncoder
 from mllm.generate import answer
-from train.miniworld_base import Plan, SceneBatches, kept, pixels
+from train.miniworld_base import PLAN, SceneBatches, Stage, kept, optimisers, pixels
 
 FOLDER = files("mllm") / "assets" / "miniworld"
 
@@ -39,7 +39,7 @@ def test_its_tokenizer_writes_any_text(miniworld):
 
 
 def test_it_describes_unseen_scenes(miniworld):
-    """Half of what the dense captions of unseen scenes list is found; an untrained model finds nothing."""
+    """Most of what the dense captions of unseen scenes list is found; an untrained model finds nothing."""
     model, processor = miniworld
     encoder = ConversationEncoder(processor)
     found = []
@@ -58,12 +58,12 @@ def test_it_describes_unseen_scenes(miniworld):
             told = set(caption.partition(": ")[2].split(", "))
             listed = scene.caption.partition(": ")[2].split(", ")
             found.append(sum(fact in told for fact in listed) / len(listed))
-    assert sum(found) / len(found) > 0.5
+    assert sum(found) / len(found) > 0.8
 
 
 def test_a_training_batch_supervises_the_caption_and_its_end(miniworld):
     _, processor = miniworld
-    batch = SceneBatches(processor, seed=0, captions=1.0)(0, 3)
+    batch = SceneBatches(processor, 0, Stage(3, 3, 1e-3))(0, 3)
     for row, domain in enumerate(DOMAINS):
         scene, _ = draw_scene(domain, "train", 0)
         supervised = batch["labels"][row][batch["labels"][row] >= 0]
@@ -78,22 +78,42 @@ def test_pixels_are_what_the_processor_makes(miniworld):
     assert torch.allclose(pixels([picture]), expected, atol=1e-5)
 
 
+def test_a_stage_asks_the_forms_it_names(miniworld):
+    _, processor = miniworld
+    scene, rng = draw_scene("general", "train", 0)
+    exchanges = SceneBatches(processor, 0, PLAN["find"]).exchanges(scene, rng)
+    assert exchanges
+    assert all(question.startswith(("Where is", "What is the position", "In which place")) for question, _ in exchanges)
+
+
+def test_a_caption_in_any_order_lists_the_same_facts():
+    scene, rng = draw_scene("document", "train", 3)
+    kind, listing = scene.caption.split(": ")
+    shuffled = {scene.caption_in_any_order(rng) for _ in range(20)}
+    assert len(shuffled) > 1
+    assert all(caption.startswith(kind) for caption in shuffled)
+    assert {tuple(sorted(caption.split(": ")[1].split(", "))) for caption in shuffled} == {
+        tuple(sorted(listing.split(", ")))
+    }
+
+
 def test_a_stage_is_trained_once_and_then_read(tmp_path):
-    layer, calls = torch.nn.Linear(2, 2), []
+    layer, calls, stage = torch.nn.Linear(2, 2), [], Stage(10, 2, 1e-3)
     for _ in range(2):
-        kept(tmp_path / "stage.safetensors", layer, {"seed": 0}, lambda: calls.append(1))
+        kept(tmp_path / "stage.safetensors", layer, stage, 0, lambda: calls.append(1))
     assert calls == [1]
     other = torch.nn.Linear(2, 2)
-    kept(tmp_path / "stage.safetensors", other, {"seed": 0}, lambda: calls.append(2))
+    kept(tmp_path / "stage.safetensors", other, stage, 0, lambda: calls.append(2))
     assert torch.equal(other.weight, layer.weight)
     assert calls == [1]
-    kept(tmp_path / "stage.safetensors", other, {"seed": 1}, lambda: calls.append(3))
+    kept(tmp_path / "stage.safetensors", other, stage, 1, lambda: calls.append(3))
     assert calls == [1, 3]
 
 
-def test_a_scaled_plan_keeps_rates_and_batches():
-    plan, small = Plan(), Plan().scaled(0.5)
-    assert small.instruct == (plan.instruct[0] // 2, *plan.instruct[1:])
+def test_every_trained_weight_has_one_optimiser(miniworld):
+    model, _ = miniworld
+    held = [id(p) for optimiser in optimisers(model) for group in optimiser.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 def test_neutral_questions_are_answered_far_above_blind_guessing(miniworld, tmp_path):
@@ -104,5 +124,5 @@ def test_neutral_questions_are_answered_far_above_blind_guessing(miniworld, tmp_
     rows = list(Source(write(tmp_path / "w", {"test": 20}, neutral=True) / "test.json"))
     replies = answer(*miniworld, rows, batch_size=64, max_new_tokens=8, progress=False)
     right = [score(row.metric, reply, row.answers) for row, reply in zip(rows, replies, strict=True)]
-    assert sum(right) / len(right) > 0.45  # blind gets 0.26; hoped for 0.6, the base shipped scored 0.596 on 1,500
+    assert sum(right) / len(right) > 0.8  # blind gets 0.26; the base shipped scored 0.939 on 1,500
     assert NEUTRAL.presence == ("yes", "no")
