@@ -25,6 +25,7 @@ from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
+from mllm.mole import routing_context
 
 THREAD_NAME = "mllm-generate"
 CHAT = "chat"  # stands for a row in messages
@@ -72,7 +73,15 @@ def answer(
                 bar.update(len(rows))
     finally:
         model.train(was_training)
+        _tell_domains(model, None)
     return replies
+
+
+def _tell_domains(model: PreTrainedModel | PeftModel, domains: list[str] | None) -> None:
+    """For routers that go by the domain, which is known of questions and of nothing else."""
+    context = routing_context(model)
+    if context is not None:
+        context.set_domains(domains)
 
 
 def _longest_first(conversations: Sequence[Conversation], processor: ProcessorMixin) -> list[int]:
@@ -101,6 +110,7 @@ def _answer_batch(
     settings = _settings(
         model, encoder, prompt_length=prompt_length, where=batch["wheres"][longest], max_new_tokens=max_new_tokens
     )
+    _tell_domains(model, domains)
     after_prefill = [_AfterPrefill(lambda: on_batch(domains))] if on_batch else []
     ids_BS = model.generate(**_inputs(model, batch), generation_config=settings, logits_processor=after_prefill)
     texts = processor.batch_decode(ids_BS[:, prompt_length:], skip_special_tokens=True)

@@ -16,6 +16,7 @@ from mllm.evaluate import evaluate_arms
 ARMS = ("lora", "mole")
 SCENES = {"train": 3000, "val": 0, "test": 250}  # a domain; two questions each
 QUICK_SCENES = {"train": 160, "val": 0, "test": 20}
+DATA_SEED = 1  # scenes of seed 0 were looked at while the embedded base was made, so they are not held out
 console = Console()
 
 
@@ -24,7 +25,7 @@ def quickstart(out: Path, *, quick: bool) -> dict:
     started = time.time()
     data, scenes = out / "data", QUICK_SCENES if quick else SCENES
     sizes = [word for split, count in scenes.items() for word in (f"--{split}", str(count))]
-    step("data_recipes.miniworld", "--out", str(data), *sizes)
+    step("data_recipes.miniworld", "--out", str(data), "--seed", str(DATA_SEED), *sizes)
     mixture = out / "mixture.yaml"
     mixture.write_text("sources:\n  - path: data/train.json\n", encoding="utf-8")
     for arm in ARMS:

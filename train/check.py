@@ -4,10 +4,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from peft import PeftConfig
+
 from mllm.build import PROJECTOR_FILE, load_processor
 from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.errors import UserError
+from mllm.mole import MoleConfig
 from train.config import RunSection, TrainConfig, read_yaml
 from train.parts import adapter_config
 
@@ -31,7 +34,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
             data that cannot be read, or a folder that holds another run. Each message names the key.
     """
     check_batch(config.run, ranks)
-    adapter_config(config.model)
+    adapter = adapter_config(config.model)
     load_processor(config.model.path)
     start = config.model.start_from
     if start is not None and not any((start / name).is_file() for name in ("adapter_config.json", PROJECTOR_FILE)):
@@ -41,9 +44,21 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
         )
     find_checkpoint(config)
     mixture = load_mixture(config.data.mixture)
+    check_oracle(adapter, mixture)
     if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
         check_pictures_exist(mixture)
     return mixture
+
+
+def check_oracle(adapter: PeftConfig | None, mixture: Mixture) -> None:
+    """Raises UserError if a router that goes by the domain has no expert for one of the mixture's."""
+    if isinstance(adapter, MoleConfig) and adapter.oracle_domains:
+        unknown = [domain for domain in mixture.domains if domain not in adapter.oracle_domains]
+        if unknown:
+            raise UserError(
+                f"model.adapter.oracle_domains are {', '.join(adapter.oracle_domains)}, but the mixture also holds"
+                f" {', '.join(unknown)}. Name every domain, in the order of experts."
+            )
 
 
 def check_pictures_exist(mixture: Mixture) -> None:

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from mllm.build import BASE_CARD, PROJECTOR_FILE, load
 from mllm.errors import UserError
-from mllm.mole import MoleConfig
+from mllm.mole import MoleConfig, MoleModel
 from mllm.mole.targets import block_linears, find_targets
 from train.config import ModelSection, OptimSection, TrainConfig, suggest
 
@@ -149,9 +149,17 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
     ]
 
 
-def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Trained weights, whole, on the CPU. All ranks must call it: under ZeRO-3 it gathers, one parameter at a time."""
-    weights = {}
+def gather_adapter(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter folder holds, whole, on the CPU: trained weights, and MOLE's buffers (a frozen router, a bias).
+
+    All ranks must call it: under ZeRO-3 it gathers, one parameter at a time.
+    """
+    saved = model.state_dict().keys()  # knows which buffers are worth keeping
+    weights = {
+        name: buffer.to("cpu", copy=True)
+        for name, buffer in model.named_buffers()
+        if MoleModel.prefix in name and name in saved
+    }
     for name, parameter in trained(model):
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             weights[name] = parameter.detach().to("cpu", copy=True)

@@ -25,6 +25,7 @@ from mllm.data.template import ConversationEncoder
 from train.check import ADAPTER, CHECKPOINTS, SETTINGS, find_checkpoint
 from train.config import TrainConfig
 from train.parts import build_model, part_of, part_rate, trained
+from train.routing import routing_table
 from train.trainer import LOG, LogFile, MllmTrainer, ProgressLine
 from train.zero import deepspeed_config
 
@@ -64,6 +65,8 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(config.run.output_dir))
     if is_first():
+        if trainer.routing.last.layers:
+            Console(highlight=False).print(routing_table(trainer.routing.last))
         print(f"adapter saved in {config.run.output_dir / ADAPTER}", flush=True)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,12 +21,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from mllm.data.template import IGNORED
 from mllm.errors import UserError
-from mllm.mole import routing_context, routing_loss
-from mllm.routing.stats import RoutingStats
 from train.check import ADAPTER
 from train.config import TrainConfig
 from train.feed import RunOrder
-from train.parts import gather_trained, parameter_groups, write_adapter
+from train.parts import gather_adapter, parameter_groups, write_adapter
+from train.ranks import barrier, summed
+from train.routing import RunRouting
 
 LOG = "train_log.jsonl"
 
@@ -48,6 +47,8 @@ class MllmTrainer(Trainer):
         self.base_card = base_card
         self.model_accepts_loss_kwargs = True  # makes Trainer count a step's supervised tokens over all ranks
         self.figures = Figures(domains, self.args.device)
+        self.routing = RunRouting(self.model, self.args.device)
+        self.add_callback(self.routing)
 
     def get_train_dataloader(self) -> DataLoader:
         """The run's micro-batches for this rank as one epoch, so that Trainer's own skipping resumes exactly."""
@@ -89,14 +90,11 @@ class MllmTrainer(Trainer):
         """This micro-batch's share of the step's loss, times the number of ranks (DeepSpeed averages over ranks)."""
         inputs = dict(inputs)
         domains, wheres, labels_BS = inputs.pop("domains"), inputs.pop("wheres"), inputs.pop("labels")
+        self.routing.before_forward(domains)
         outputs, loss_sum_B, tokens_B = answer_losses(model, inputs, labels_BS)
         loss = loss_sum_B.sum() / num_items_in_batch * self.args.world_size
+        loss = loss + self.routing.after_forward(domains) / self.current_gradient_accumulation_steps
         self.figures.add_answers(domains, loss_sum_B, tokens_B)
-        routing = routing_loss(model)
-        if routing is not None:
-            loss = loss + routing[0] / self.current_gradient_accumulation_steps
-            self.figures.add_losses(routing[1])
-        self.figures.add_routing(model, domains)
         stop_if_unusable(loss, tokens_B, wheres)
         return (loss, outputs) if return_outputs else loss
 
@@ -105,9 +103,9 @@ class MllmTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was gathered since the last entry. All ranks call it together."""
-        if "loss" in logs:
-            logs |= self.figures.drain()
+        """Add what was gathered since the last entry, at the end of a run too. All ranks call it together."""
+        if not self.figures.is_empty:
+            logs |= self.figures.drain() | self.routing.drain(self.state.global_step)
         # To Trainer the whole run is one epoch, see get_train_dataloader.
         rows = self.state.global_step * self.config.run.batch_size
         self.state.epoch = rows / self.train_dataset.mixture.epoch_length
@@ -117,7 +115,7 @@ class MllmTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `<output_dir>/adapter`, whole under every ZeRO stage."""
-        weights = gather_trained(self.model)
+        weights = gather_adapter(self.model)
         if self.args.should_save:
             write_adapter(
                 Path(output_dir or self.config.run.output_dir) / ADAPTER,
@@ -194,14 +192,8 @@ def limit_threads(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 class Figures:
-    """Sums of what the log shows besides Trainer's own entries, reduced over ranks when an entry is made."""
+    """Sums of what the log shows of the answers, reduced over ranks when an entry is made."""
 
     def __init__(self, domains: list[str], device: torch.device) -> None:
         self.domains = domains
@@ -211,25 +203,17 @@ class Figures:
 
     def _clear(self) -> None:
         self.answers = torch.zeros(len(self.domains), 3, dtype=torch.float64)  # loss sum, tokens, samples
-        self.losses: dict[str, Tensor] = {}
-        self.batches = 0
-        self.routing = RoutingStats()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last entry; the same on all ranks."""
+        return not self.answers.any()
 
     def add_answers(self, domains: list[str], loss_sum_B: Tensor, tokens_B: Tensor) -> None:
         self.since = self.since or time.monotonic()
         rows = torch.tensor([self.domains.index(domain) for domain in domains])
         sums = torch.stack([loss_sum_B.detach(), tokens_B, torch.ones_like(tokens_B)], 1)
         self.answers.index_add_(0, rows, sums.double().cpu())
-
-    def add_losses(self, losses: dict[str, Tensor]) -> None:
-        self.batches += 1
-        for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value.double()
-
-    def add_routing(self, model: nn.Module, domains: list[str]) -> None:
-        context = routing_context(model)
-        if context is not None:
-            self.routing.update(context, domains)
 
     def drain(self) -> dict[str, float]:
         """Means since the last call over all ranks, and samples a second."""
@@ -239,9 +223,6 @@ class Figures:
         for domain, (domain_loss, domain_tokens, _) in zip(self.domains, answers.tolist(), strict=True):
             if domain_tokens:
                 entry[f"answer_loss/{domain}"] = domain_loss / domain_tokens
-        for name, value in self.losses.items():
-            entry[name] = (summed(value) / self.batches / world_size()).item()
-        entry |= self.routing.all_reduce().summary()
         now = time.monotonic()
         entry["samples_per_second"] = samples / (now - self.since)
         self.since = now
@@ -249,19 +230,8 @@ class Figures:
         return entry
 
 
-def summed(value: Tensor) -> Tensor:
-    """The sum over ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 class ProgressLine(ProgressCallback):
-    """Trainer's bar with rate and remaining time; the loss stands beside it instead of a dictionary below."""
+    """Trainer's bar with rate and remaining time; the loss stands beside it, warnings above it."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -273,10 +243,14 @@ class ProgressLine(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if self.training_bar is not None and "answer_loss" in logs:
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
             self.training_bar.set_postfix(
                 loss=f"{logs['answer_loss']:.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False
             )
+        for warning in logs.get("warnings", []):
+            self.training_bar.write(f"warning: {warning}", file=sys.stderr)
 
 
 class LogFile(TrainerCallback):

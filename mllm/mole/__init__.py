@@ -4,9 +4,18 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from mllm.mole.config import PEFT_TYPE, MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
-from mllm.mole.model import MoleModel, routing_context, routing_loss
+from mllm.mole.model import BiasBalance, MoleModel, routing_context, routing_loss
 
-__all__ = ["MoleBlock", "MoleConfig", "MoleLayer", "MoleLinear", "MoleModel", "routing_context", "routing_loss"]
+__all__ = [
+    "BiasBalance",
+    "MoleBlock",
+    "MoleConfig",
+    "MoleLayer",
+    "MoleLinear",
+    "MoleModel",
+    "routing_context",
+    "routing_loss",
+]
 
 # peft.utils.register_peft_method takes only names of PEFT's own enum; what it fills are these three dictionaries.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MoleConfig

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from peft.config import PeftConfig
 
 from mllm.errors import UserError
-from mllm.routing import BALANCE_LOSSES, GATES
+from mllm.routing import BALANCE_LOSSES, GATES, Choice, ExpertLayout, RouterSpec, Target, find_router
+from mllm.routing.layout import MODALITIES
+from mllm.routing.losses import SCHEDULES
 
 PEFT_TYPE = "MOLE"
-BALANCES = (*BALANCE_LOSSES, "none")
+BALANCES = (*BALANCE_LOSSES, "bias", "none")
+CHOICES = {
+    "gate": tuple(GATES),
+    "router_input": ("block", "linear"),
+    "null_logits": ("own", "shared"),
+    "null_balance": ("averaged", "each"),
+    "balance": BALANCES,
+    "balance_schedule": tuple(SCHEDULES),
+    "expert_path": ("auto", "masked", "sorted"),
+}
+MASKED_UP_TO = 8  # experts: above it sorting costs less than the masked products (design, decision 3)
 
 
 @dataclass(kw_only=True)
@@ -18,19 +31,48 @@ class MoleConfig(PeftConfig):
     """Sparse LoRA experts on the MLP blocks of a language model, plain LoRA beside them (LLaVA-MoLE, 2401.16160).
 
     In every expert block one router decides once for each token, from the block's input; all linears of the block
-    follow it: y_t = W x_t + (lora_alpha / r) · Σ_k g_k B_k A_k dropout(x_t).
+    follow it: y_t = W x_t + Σ_k g_k · scaling · B_k A_k dropout(x_t). Null experts (AdaMoE, 2406.13233), groups of
+    experts by modality (MoMa, 2407.21770) and the kind of router are switches on the same frame.
 
     Args:
-        r: rank of one expert, and of the plain LoRA.
-        lora_alpha: experts and LoRA are scaled by lora_alpha / r.
+        r: rank of one expert, and of the plain LoRA; or a rank for each expert group (the plain LoRA takes the
+            largest).
+        lora_alpha: experts and LoRA are scaled by lora_alpha / r, or
+        use_rslora: by lora_alpha / √r (2312.03732).
         lora_dropout: probability of dropping an input feature of an expert or LoRA.
-        num_experts: E, experts a block.
-        top_k: K, experts a token takes; each adds its output.
+        shared_a: all experts of a linear share one A and have a B each (HydraLoRA, 2404.19245).
+        expert_path: how experts are computed: "masked" (dense products over all ranks), "sorted" (real picks only, so
+            null picks save work), "auto" (masked up to 8 experts). Same result.
+        num_experts: E, real experts a block. None: 4, or as many as expert_groups hold.
+        expert_groups: real experts by modality, such as {"image": 2, "text": 2, "shared": 1}: a token meets its own
+            modality's experts and the shared ones only.
+        modality_prior: a learned bias for each modality on the router's logits: the soft form of groups.
+        num_null_experts: null experts: a pick of one costs nothing and adds nothing. With groups a number counts for
+            each modality, and {"image": 2, "text": 1} for each its own.
+        null_logits: "own" (one learned logit each) or "shared" (one logit copied for all of a set, 2601.15370).
+        top_k: K, experts a token takes, null ones included.
+        top_p: leave picks out once those before them hold this much probability (2403.07652). None: take all K.
+        drop_share: probability of leaving a pick out at random, in training and after: a control.
         gate: how a pick's weight enters the output: "straight_through" (1 forward, gradient of p), "softmax" (p),
             "none" (1, the router gets no task gradient; as released). See `mllm.routing.route`.
-        balance: what is kept even: "global_batch" (counts over all ranks), "layer" (this rank's batch), "sample" (as
-            LLaVA-MoLE released it), "none". See `mllm.routing.losses`.
-        balance_loss_weight: weight of that loss.
+        renormalize: divide the weights of a token by their sum over its real picks. None: where top_k > 1.
+        router: "learned", "frozen_random", "oracle_domain", "oracle_modality", "hash_token". See
+            `mllm.routing.routers`.
+        router_input: "block" (one decision for a block's linears) or "linear" (each linear has its own router and
+            decides from its own input, AdaMoE's Llama form).
+        router_temperature: the logits are divided by it.
+        router_jitter: in training the router's input is multiplied by a value in [1 - jitter, 1 + jitter].
+        oracle_domains: domains in the order of experts, for router="oracle_domain".
+        balance: what is kept even: "global_batch" (counts over all ranks and the whole optimizer step), "layer" (this
+            rank's micro-batch), "sample" (as LLaVA-MoLE released it), "bias" (no loss: a bias on the choice, moved
+            after each step, 2408.15664), "none". See `mllm.routing.losses`.
+        balance_loss_weight: weight of the loss at the start of training.
+        balance_final_weight: its weight at the end; None: it stays.
+        balance_schedule: the way between them: "constant", "linear", "step" (half-way; AdaMoE's α1, α2).
+        bias_update_rate: what a step moves the bias of balance="bias" by.
+        null_balance: "averaged" (balance fixes the sum of null picks, AdaMoE Eq. 7) or "each" (null experts are
+            balanced one by one, which is what its released Mixtral code does).
+        real_share: ρ, the share of picks that should be real; the load is then ρ · top_k. None: E / (E + null experts).
         z_loss_weight: weight of the mean squared logsumexp of the router's logits.
         expert_modules: blocks that carry experts, always inside the language model where the model has one. None: its
             MLP blocks; a list of name endings; or a regular expression for the whole name.
@@ -39,14 +81,34 @@ class MoleConfig(PeftConfig):
             model has one; [] for none.
     """
 
-    r: int = 16
+    r: int | dict[str, int] = 16
     lora_alpha: float = 32
+    use_rslora: bool = False
     lora_dropout: float = 0.0
-    num_experts: int = 4
+    shared_a: bool = False
+    expert_path: str = "auto"
+    num_experts: int | None = None
+    expert_groups: dict[str, int] | None = None
+    modality_prior: bool = False
+    num_null_experts: int | dict[str, int] = 0
+    null_logits: str = "own"
     top_k: int = 1
+    top_p: float | None = None
+    drop_share: float = 0.0
     gate: str = "straight_through"
+    renormalize: bool | None = None
+    router: str = "learned"
+    router_input: str = "block"
+    router_temperature: float = 1.0
+    router_jitter: float = 0.0
+    oracle_domains: list[str] | None = None
     balance: str = "global_batch"
     balance_loss_weight: float = 0.01
+    balance_final_weight: float | None = None
+    balance_schedule: str = "constant"
+    bias_update_rate: float = 1e-3
+    null_balance: str = "averaged"
+    real_share: float | None = None
     z_loss_weight: float = 0.0
     expert_modules: list[str] | str | None = None
     target_modules: list[str] | str | None = None
@@ -55,20 +117,43 @@ class MoleConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        for name in ("r", "num_experts", "top_k"):
-            if getattr(self, name) < 1:
-                raise UserError(f"MoleConfig.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.top_k > self.num_experts:
-            raise UserError(
-                f"MoleConfig.top_k={self.top_k} exceeds num_experts={self.num_experts}: a token cannot take more "
-                "experts than there are."
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"MoleConfig.lora_dropout must be in [0, 1), got {self.lora_dropout}.")
-        for name in ("balance_loss_weight", "z_loss_weight"):
-            if getattr(self, name) < 0:
+        if self.expert_groups is not None:
+            in_groups = sum(self.expert_groups.values())
+            if self.num_experts not in (None, in_groups):
+                raise UserError(
+                    f"MoleConfig.num_experts={self.num_experts}, but expert_groups={self.expert_groups} hold "
+                    f"{in_groups}; leave num_experts out."
+                )
+            self.num_experts = in_groups
+        elif self.num_experts is None:
+            self.num_experts = 4
+        self._check_values()
+        self._check_combination()
+        if self.expert_path == "auto":
+            self.expert_path = "masked" if self.num_experts <= MASKED_UP_TO else "sorted"
+
+    def _check_values(self) -> None:
+        for name, least in {"num_experts": 1, "top_k": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"MoleConfig.{name} must be at least {least}, got {getattr(self, name)}.")
+        for rank in self.r.values() if isinstance(self.r, dict) else [self.r]:
+            if rank < 1:
+                raise UserError(f"MoleConfig.r must be at least 1, got {self.r}.")
+        if isinstance(self.num_null_experts, int) and self.num_null_experts < 0:
+            raise UserError(f"MoleConfig.num_null_experts must not be negative, got {self.num_null_experts}.")
+        for name in ("lora_dropout", "drop_share", "router_jitter"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"MoleConfig.{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("top_p", "real_share"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                raise UserError(f"MoleConfig.{name} must be in (0, 1], got {getattr(self, name)}.")
+        for name in ("balance_loss_weight", "balance_final_weight", "z_loss_weight", "bias_update_rate"):
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"MoleConfig.{name} must not be negative, got {getattr(self, name)}.")
-        for name, choices in (("gate", tuple(GATES)), ("balance", BALANCES)):
+        if self.router_temperature <= 0:
+            raise UserError(f"MoleConfig.router_temperature must be above 0, got {self.router_temperature}.")
+        find_router(self.router)
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(
                     f"MoleConfig.{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}."
@@ -79,7 +164,99 @@ class MoleConfig(PeftConfig):
                 "it None for the attention projections, or name the modules."
             )
 
+    def _check_combination(self) -> None:
+        """Refuses what would silently mean something else than it says."""
+        layout = self.layout
+        for row, name in zip(layout.allowed_PX, MODALITIES if layout.is_grouped else ("all",), strict=True):
+            if self.top_k > row.sum():
+                raise UserError(
+                    f"MoleConfig.top_k={self.top_k} exceeds the {int(row.sum())} experts that {name} tokens can take, "
+                    "null experts included (num_experts, expert_groups, num_null_experts)."
+                )
+        if isinstance(self.r, dict) and set(self.r) != set(layout.groups):
+            raise UserError(f"MoleConfig.r={self.r} must name the expert groups: {', '.join(layout.groups)}.")
+        if self.shared_a and len(set(self.ranks)) > 1:
+            raise UserError(f"MoleConfig.shared_a needs one rank for all experts, got r={self.r}.")
+        has_nulls, learns = layout.num_null_experts > 0, find_router(self.router).learns
+        refused = {
+            "real_share needs num_null_experts": self.real_share is not None and not has_nulls,
+            "real_share must be below 1 with null experts; set num_null_experts=0 instead": has_nulls
+            and self.real_share == 1,
+            "real_share with groups needs null experts for each modality": self.real_share is not None
+            and layout.is_grouped
+            and set(layout.nulls) != set(MODALITIES),
+            'null_logits="shared" needs num_null_experts': self.null_logits == "shared" and not has_nulls,
+            'modality_prior needs router="learned"': self.modality_prior and not learns,
+            'router_jitter needs router="learned"': self.router_jitter > 0 and not learns,
+            'oracle_domains needs router="oracle_domain"': bool(self.oracle_domains) and self.router != "oracle_domain",
+            'router="oracle_domain" needs oracle_domains, the domains in the order of experts': self.router
+            == "oracle_domain"
+            and not self.oracle_domains,
+            f"router={self.router!r} decides by rule: it cannot choose null experts or go by groups": self.is_fixed
+            and (has_nulls or layout.is_grouped),
+            f'router={self.router!r} does not learn, so balance must be "none"': not learns
+            and self.balance not in ("none", "bias"),
+            f'router={self.router!r} decides by rule, so balance must be "none"': self.is_fixed
+            and self.balance == "bias",
+            'renormalize=True with top_k=1 and gate="softmax" makes every weight 1: its router learns nothing': bool(
+                self.renormalize
+            )
+            and self.top_k == 1
+            and self.gate == "softmax",
+            f"router={self.router!r} decides by rule and has no router_temperature": self.is_fixed
+            and self.router_temperature != 1,
+            f"router={self.router!r} does not learn, so z_loss_weight must be 0": not learns and self.z_loss_weight > 0,
+            "balance_final_weight and balance_schedule come together": (self.balance_final_weight is None)
+            != (self.balance_schedule == "constant"),
+        }
+        for reason, applies in refused.items():
+            if applies:
+                raise UserError(f"MoleConfig: {reason}.")
+
     @property
-    def scaling(self) -> float:
-        """lora_alpha / r."""
-        return self.lora_alpha / self.r
+    def is_fixed(self) -> bool:
+        """Whether the router decides by rule, without weights."""
+        return find_router(self.router).fixed
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Which experts there are."""
+        return ExpertLayout.of(self.num_experts, self.expert_groups, self.num_null_experts)
+
+    @property
+    def ranks(self) -> list[int]:
+        """[E] rank of each expert."""
+        if isinstance(self.r, dict):
+            return [self.r[group] for group in self.layout.group_of_expert]
+        return [self.r] * self.num_experts
+
+    @property
+    def plain_rank(self) -> int:
+        """Rank of the plain LoRA."""
+        return max(self.ranks)
+
+    @property
+    def choice(self) -> Choice:
+        """How experts are chosen and weighed."""
+        return Choice(self.top_k, self.gate, self.renormalize, self.top_p, self.drop_share)
+
+    @property
+    def target(self) -> Target:
+        """What balance aims at."""
+        return Target.of(self.layout, self.real_share, self.null_balance)
+
+    def router_spec(self, width: int) -> RouterSpec:
+        """What a router for hidden states of that width is built from."""
+        return RouterSpec(
+            width=width,
+            layout=self.layout,
+            null_logits=self.null_logits,
+            temperature=self.router_temperature,
+            jitter=self.router_jitter,
+            modality_prior=self.modality_prior,
+            domains=tuple(self.oracle_domains or ()),
+        )
+
+    def scaling(self, rank: int) -> float:
+        """What the output of an expert or LoRA of that rank is multiplied by."""
+        return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)

@@ -1,6 +1,6 @@
 """The two modules MOLE puts into a model: a routed block, and a frozen linear with experts or plain LoRA beside it.
 
-T tokens, I input width, O output width, E experts, R rank, X = E experts a router chooses among.
+T tokens, I input width, O output width, E experts, F = ranks of all experts in a row.
 Both are called exactly like what they wrap.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mllm.errors import UserError
 from mllm.mole.config import MoleConfig
-from mllm.mole.experts import fast_experts
+from mllm.mole.experts import masked_experts, sorted_experts
 from mllm.mole.targets import block_linears, linear_sizes
-from mllm.routing import Router, Routing, RoutingContext, route
+from mllm.routing import Routing, RoutingContext, TokenRouter
 
 
 @dataclass
@@ -29,39 +29,52 @@ class RoutingSlot:
 
 
 class Experts(nn.Module):
-    """Stacked low-rank experts: A [E, R, I] Kaiming-uniform (a = √5) for each, B [E, R, O] zero: they start as nothing.
+    """Stacked low-rank experts: A [F, I] Kaiming-uniform (a = √5), B [F, O] zero: they start as nothing.
 
-    One module that holds and uses its own parameters, because ZeRO-3 gathers a module's parameters when the module is
-    called.
+    F ranks in a row, expert by expert; A has one expert's ranks where all share it (HydraLoRA, 2404.19245). One module
+    that holds and uses its own parameters, because ZeRO-3 gathers a module's parameters when the module is called.
     """
 
-    def __init__(self, sizes: tuple[int, int], num_experts: int, r: int, scaling: float, dropout: float) -> None:
+    def __init__(self, sizes: tuple[int, int], ranks: list[int], config: MoleConfig) -> None:
         super().__init__()
         in_features, out_features = sizes
-        self.scaling = scaling
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.A = nn.Parameter(torch.empty(num_experts, r, in_features))
-        self.B = nn.Parameter(torch.zeros(num_experts, r, out_features))
-        for A_RI in self.A:
-            nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
+        self.ranks, self.scalings = ranks, [config.scaling(r) for r in ranks]
+        self.is_sorted = config.expert_path == "sorted"
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.A = nn.Parameter(torch.empty(ranks[0] if config.shared_a else sum(ranks), in_features))
+        self.B = nn.Parameter(torch.zeros(sum(ranks), out_features))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor, base_output: Tensor, routing: Routing | None) -> Tensor:
-        """base_output [..., O] + scaling · experts(x [..., I]), in base_output's type.
+        """base_output [..., O] + experts(x [..., I]), scaled, in base_output's type.
 
         Without a routing every token takes the first and only expert: plain LoRA.
         """
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
-        x_TI = self.dropout(x).flatten(0, -2)
-        weights_TE = x.new_full((1, 1), self.scaling) if routing is None else routing.weights_TX * self.scaling
-        output_TO = fast_experts(base_output.flatten(0, -2), x_TI, self.A, self.B, weights_TE)
+        x_TI, base_TO = self.dropout(x).flatten(0, -2), base_output.flatten(0, -2)
+        if routing is not None and self.is_sorted:
+            picks = routing.sorted_picks
+            weights_N = routing.expert_weights_TK[picks.token_N, picks.slot_N].split(picks.counts_E)
+            weights_N = torch.cat([weights * scale for weights, scale in zip(weights_N, self.scalings, strict=True)])
+            output_TO = sorted_experts(base_TO, x_TI, self.A, self.B, picks, weights_N, self.ranks)
+        else:
+            output_TO = masked_experts(base_TO, x_TI, self.A, self.B, self._weights_TF(x, routing))
         return output_TO.view(base_output.shape)
+
+    def _weights_TF(self, x: Tensor, routing: Routing | None) -> Tensor:
+        if routing is None:
+            return x.new_full((1, 1), self.scalings[0])
+        columns = routing.weights_TE.split(1, dim=1)
+        spread = zip(columns, self.scalings, self.ranks, strict=True)
+        return torch.cat([(weight_T1 * scale).expand(-1, rank) for weight_T1, scale, rank in spread], dim=1)
 
 
 class MoleLayer(BaseTunerLayer):
     """What both modules share with PEFT: one adapter, no merging."""
 
     other_param_names = ()
+    layer: str | None = None  # name of the routing it makes; None for what has no router
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -82,17 +95,30 @@ class MoleLayer(BaseTunerLayer):
 
 
 class MoleLinear(nn.Module, MoleLayer):
-    """A frozen linear with routed experts (slot given) or plain LoRA (no slot) beside it."""
+    """A frozen linear with low-rank weights beside it: experts or, without any routing, plain LoRA.
 
-    adapter_layer_names = ("mole_experts",)
+    Experts follow the routing their block left in `slot`, or that of the linear's own router (`layer` given).
+    """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoleConfig, slot: RoutingSlot | None) -> None:
+    adapter_layer_names = ("mole_experts", "mole_router")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MoleConfig,
+        *,
+        slot: RoutingSlot | None = None,
+        context: RoutingContext | None = None,
+        layer: str | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         MoleLayer.__init__(self, base_layer)
-        self.slot = slot
-        num_experts = 1 if slot is None else config.num_experts
-        experts = Experts(linear_sizes(base_layer), num_experts, config.r, config.scaling, config.lora_dropout)
+        self.slot, self.config, self.routing_context, self.layer = slot, config, context, layer
+        sizes, is_routed = linear_sizes(base_layer), slot is not None or layer is not None
+        experts = Experts(sizes, config.ranks if is_routed else [config.plain_rank], config)
         self.mole_experts = nn.ModuleDict({adapter_name: experts})
+        self.mole_router = nn.ModuleDict({adapter_name: token_router(config, sizes[0])} if layer is not None else {})
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(adapter_name)
 
@@ -100,12 +126,31 @@ class MoleLinear(nn.Module, MoleLayer):
         output = self.base_layer(x, *args, **kwargs)
         if not self.is_active:
             return output
-        routing = None if self.slot is None else self.slot.routing
-        if self.slot is not None and routing is None:
+        return self.mole_experts[self.active_adapters[0]](x, output, self._routing(x))
+
+    def _routing(self, x: Tensor) -> Routing | None:
+        if self.layer is not None:
+            return decide(self, x)
+        if self.slot is not None and self.slot.routing is None:
             raise RuntimeError(
                 "A linear with experts was called outside its block, so nobody has routed its tokens; call the block."
             )
-        return self.mole_experts[self.active_adapters[0]](x, output, routing)
+        return None if self.slot is None else self.slot.routing
+
+
+def token_router(config: MoleConfig, width: int) -> TokenRouter:
+    """The router that a config describes, for hidden states of that width."""
+    return TokenRouter(
+        config.router, config.router_spec(width), config.choice, with_selection_bias=config.balance == "bias"
+    )
+
+
+def decide(module: MoleBlock | MoleLinear, hidden: Tensor) -> Routing:
+    """Routes the tokens of hidden [..., D] by the module's own router and records the decision."""
+    router = module.mole_router[module.active_adapters[0]]
+    routing = router(hidden.flatten(0, -2), module.routing_context)
+    module.routing_context.record(module.layer, routing, trainable=router.is_trainable)
+    return routing
 
 
 class MoleBlock(nn.Module, MoleLayer):
@@ -126,9 +171,9 @@ class MoleBlock(nn.Module, MoleLayer):
         self.slot = RoutingSlot()
         linears = block_linears(base_layer)
         width, _ = linear_sizes(next(iter(linears.values())))
-        self.mole_router = nn.ModuleDict({adapter_name: Router(width, config.num_experts)})
+        self.mole_router = nn.ModuleDict({adapter_name: token_router(config, width)})
         for name, linear in linears.items():
-            setattr(base_layer, name, MoleLinear(linear, adapter_name, config, self.slot))
+            setattr(base_layer, name, MoleLinear(linear, adapter_name, config, slot=self.slot))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(adapter_name)
 
@@ -138,11 +183,7 @@ class MoleBlock(nn.Module, MoleLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_active:
             return self.base_layer(*args, **kwargs)
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        router = self.mole_router[self.active_adapters[0]]
-        routing = route(router(hidden.flatten(0, -2)), top_k=self.config.top_k, gate=self.config.gate)
-        self.routing_context.record(self.layer, routing, trainable=router.weight.requires_grad)
-        self.slot.routing = routing
+        self.slot.routing = decide(self, args[0] if args else next(iter(kwargs.values())))
         try:
             return self.base_layer(*args, **kwargs)
         finally:

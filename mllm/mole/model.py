@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -11,7 +13,8 @@ from mllm.errors import UserError
 from mllm.mole.config import MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.targets import Targets, find_targets
-from mllm.routing import BALANCE_LOSSES, RoutingContext, z_loss
+from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, z_loss
+from mllm.routing.losses import moved_selection_bias, over_ranks, pool, scheduled
 
 PROJECTOR = "multi_modal_projector"
 
@@ -52,7 +55,8 @@ class MoleModel(BaseTuner):
             peft_config.modules_to_save = [PROJECTOR]
 
     def _check_target_module_exists(self, peft_config: MoleConfig, key: str) -> bool:
-        return key in self._targets.blocks or key in self._targets.linears
+        targets = self._targets
+        return key in targets.blocks or key in targets.routed_linears or key in targets.linears
 
     def _create_and_replace(
         self,
@@ -64,11 +68,15 @@ class MoleModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if current_key in self._targets.blocks:
-            layer = self._targets.blocks[current_key]
-            new_module = MoleBlock(target, adapter_name, peft_config, self.routing_context, layer)
+        targets, context = self._targets, self.routing_context
+        if current_key in targets.blocks:
+            layer = targets.blocks[current_key]
+            new_module: MoleLayer = MoleBlock(target, adapter_name, peft_config, context, layer)
+        elif current_key in targets.routed_linears:
+            layer = targets.routed_linears[current_key]
+            new_module = MoleLinear(target, adapter_name, peft_config, context=context, layer=layer)
         else:
-            new_module = MoleLinear(target, adapter_name, peft_config, slot=None)
+            new_module = MoleLinear(target, adapter_name, peft_config)
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -88,42 +96,92 @@ def _image_token_id(model: nn.Module) -> int | None:
     return getattr(config, "image_token_id", None)
 
 
-def _first_block(model: nn.Module) -> MoleBlock | None:
-    return next((module for module in model.modules() if isinstance(module, MoleBlock)), None)
+def _routed(model: nn.Module) -> Iterator[MoleBlock | MoleLinear]:
+    """The modules that hold a router."""
+    return (module for module in model.modules() if isinstance(module, MoleLayer) and module.layer is not None)
 
 
 def routing_context(model: nn.Module) -> RoutingContext | None:
     """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without."""
-    block = _first_block(model)
-    return None if block is None else block.routing_context
+    module = next(_routed(model), None)
+    return None if module is None else module.routing_context
 
 
-def routing_loss(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]] | None:
+def routing_loss(
+    model: nn.Module, *, window: BalanceWindow | None = None, progress: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]] | None:
     """What the last forward's routing adds to the task loss.
 
     Returns the weighted sum and its parts, {"balance_loss": …, "z_loss": …}, unweighted and detached.
-    Losses with weight 0 and balance "none" are left out. Padding does not count, every other token does. None where
-    there is nothing to add: a model without MOLE, a disabled adapter, no forward yet, no loss with a weight. With
-    balance="global_batch" all ranks must call it together.
+    Losses with weight 0 and balance "none" and "bias" are left out. Padding does not count, every other token does.
+    None where there is nothing to add: a model without MOLE, a disabled adapter, no forward yet, no loss with a weight.
+    With balance="global_batch" all ranks must call it together.
+
+    Args:
+        window: the picks of the optimizer step so far, for balance="global_batch"; reset it after each step. None: the
+            step is this forward.
+        progress: share of training that is done, in [0, 1], for a scheduled weight.
     """
-    block = _first_block(model)
-    if block is None or not block.routing_context.routings:
+    module = next(_routed(model), None)
+    if module is None or not module.routing_context.routings:
         return None
-    context, config = block.routing_context, block.config
-    is_counted_T = ~context.is_pad_T
-    total, losses = None, {}
-    if config.balance != "none" and config.balance_loss_weight > 0:
+    context, config = module.routing_context, module.config
+    weighted, losses = [], {}
+    weight = scheduled(config.balance_loss_weight, config.balance_final_weight, config.balance_schedule, progress)
+    if config.balance in BALANCE_LOSSES and (weight > 0 or config.balance_final_weight):
+        options = {"window": window} if config.balance == "global_batch" else {}
         losses["balance_loss"] = BALANCE_LOSSES[config.balance](
             router_probs_LTX=context.stack("router_probs_TX"),
-            expert_ids_LTK=context.stack("expert_ids_TK"),
-            is_counted_T=is_counted_T,
+            picks_LTX=context.stack("picks_TX"),
+            is_counted_T=~context.is_pad_T,
             sample_T=context.sample_T,
+            population_T=_population(config, context),
+            target=config.target,
+            **options,
         )
-        total = config.balance_loss_weight * losses["balance_loss"]
+        weighted.append(weight * losses["balance_loss"])
     if config.z_loss_weight > 0:
-        losses["z_loss"] = z_loss(router_logits_LTX=context.stack("router_logits_TX"), is_counted_T=is_counted_T)
-        weighted = config.z_loss_weight * losses["z_loss"]
-        total = weighted if total is None else total + weighted
-    if total is None:
+        logits_LTX = context.stack("router_logits_TX")
+        losses["z_loss"] = z_loss(router_logits_LTX=logits_LTX, is_counted_T=~context.is_pad_T)
+        weighted.append(config.z_loss_weight * losses["z_loss"])
+    if not weighted:
         return None
-    return total, {name: loss.detach() for name, loss in losses.items()}
+    return sum(weighted), {name: loss.detach() for name, loss in losses.items()}
+
+
+def _population(config: MoleConfig, context: RoutingContext) -> Tensor:
+    """[T] int64: with groups a token's modality, else 0."""
+    return context.modality_T if config.layout.is_grouped else torch.zeros_like(context.sample_T)
+
+
+class BiasBalance:
+    """Loss-free balance of a model with balance="bias": count after every forward, move once an optimizer step.
+
+    All ranks must call both together. Does nothing for other models.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [module for module in _routed(model) if module.config.balance == "bias"]
+        self.window = BalanceWindow()
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """Add the picks of the last forward."""
+        if not self.modules or not self.modules[0].routing_context.routings:
+            return
+        config, context = self.modules[0].config, self.modules[0].routing_context
+        populations = len(config.target.share_PX)
+        counts_LPX = pool(context.stack("picks_TX"), _population(config, context), populations, ~context.is_pad_T)
+        self.window.add(over_ranks(counts_LPX, ~context.is_pad_T)[0])
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move every router's bias towards its target and begin a new step."""
+        if self.window.counts_LPX is None:
+            return
+        for module, counts_PX in zip(self.modules, self.window.counts_LPX, strict=True):
+            (router,) = module.mole_router.values()
+            config = module.config
+            bias = moved_selection_bias(router.selection_bias, counts_PX, config.target, config.bias_update_rate)
+            router.selection_bias.copy_(bias)
+        self.window.reset()

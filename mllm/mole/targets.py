@@ -22,9 +22,14 @@ LINEARS = (nn.Linear, Conv1D)  # bitsandbytes' linears are nn.Linear too; Conv1D
 
 @dataclass(frozen=True)
 class Targets:
-    """Full module names. `blocks` maps a block's name to its short name inside the language model ("layers.0.mlp")."""
+    """Full module names.
+
+    `blocks` maps a block that is routed once to its short name inside the language model ("layers.0.mlp"),
+    `routed_linears` a linear that has a router of its own to its short name; `linears` carry plain LoRA.
+    """
 
     blocks: dict[str, str]
+    routed_linears: dict[str, str]
     linears: list[str]
 
 
@@ -52,7 +57,14 @@ def find_targets(model: nn.Module, config: MoleConfig) -> Targets:
                 f"{name} belongs to a block that carries experts and is asked to carry plain LoRA too. Take it out of "
                 "target_modules or its block out of expert_modules."
             )
-    return Targets({name: name.removeprefix(f"{root}.") for name in blocks}, linears)
+    if config.router_input == "block":
+        return Targets(_short(blocks, root), {}, linears)
+    routed = [f"{block}.{linear}" for block in blocks for linear in block_linears(inside[block])]
+    return Targets({}, _short(routed, root), linears)
+
+
+def _short(names: list[str], root: str) -> dict[str, str]:
+    return {name: name.removeprefix(f"{root}.") for name in names}
 
 
 def linear_sizes(linear: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ statistics and the demo read both afterwards.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class RoutingContext:
       batch_size, sequence_length  B and S of the tokens of this call (S = 1 in a decode step with a cache)
       is_image_T  [T] bool, True where the token stands for a picture patch; None when a model with pictures was called
                   with embeddings instead of ids, so that nobody can tell
+      token_ids_T [T] int64; None when the model was called with embeddings
       is_pad_T    [T] bool, True where a two-dimensional attention mask is 0; without such a mask, nowhere
       sample_T    [T] int64, the row of the batch a token belongs to
       routings    layer name -> Routing, in the order the layers ran
@@ -38,9 +40,11 @@ class RoutingContext:
     def _forget(self) -> None:
         self.batch_size = self.sequence_length = 0
         self.is_image_T: Tensor | None = None
+        self.token_ids_T: Tensor | None = None
         self.is_pad_T: Tensor | None = None
         self.sample_T: Tensor | None = None
         self.routings: dict[str, Routing] = {}
+        self._domains: list[str] | None = None
         self._recording = False
         self._expects_gradient = False
         self._hooks: list[Any] = []
@@ -99,13 +103,14 @@ class RoutingContext:
         tokens = input_ids if input_ids is not None else inputs_embeds
         self.routings, self._recording, self._expects_gradient = {}, True, expects_gradient
         if tokens is None:
-            self.is_image_T = self.is_pad_T = self.sample_T = None
+            self.is_image_T = self.token_ids_T = self.is_pad_T = self.sample_T = None
             self.batch_size = self.sequence_length = 0
             return
         self.batch_size, self.sequence_length = tokens.shape[:2]
         num_tokens = self.batch_size * self.sequence_length
         rows = torch.arange(self.batch_size, device=tokens.device)
         self.sample_T = rows.repeat_interleave(self.sequence_length)
+        self.token_ids_T = None if input_ids is None else input_ids.flatten()
         nowhere_T = torch.zeros(num_tokens, dtype=torch.bool, device=tokens.device)
         if self.image_token_id is None:
             self.is_image_T = nowhere_T
@@ -114,6 +119,10 @@ class RoutingContext:
         self.is_pad_T = nowhere_T
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             self.is_pad_T = (attention_mask[:, -self.sequence_length :] == 0).flatten().to(tokens.device)
+
+    def set_domains(self, domains: Sequence[str] | None) -> None:
+        """Tell the domain of each row of the batches to come, for routers that go by it; None forgets them."""
+        self._domains = None if domains is None else list(domains)
 
     def end(self) -> None:
         """End the forward: what runs from now on is recomputation and is not recorded."""
@@ -144,6 +153,36 @@ class RoutingContext:
         self.routings[layer] = routing
 
     # -- what readers ask for ------------------------------------------------------------------------------------------
+
+    @property
+    def modality_T(self) -> Tensor:
+        """[T] int64, 0 for a text token and 1 for a picture patch.
+
+        Raises UserError when nobody can tell.
+        """
+        if self.is_image_T is None:
+            raise UserError(
+                "The model was called with inputs_embeds, so image and text tokens cannot be told apart; call it with "
+                "input_ids."
+            )
+        return self.is_image_T.long()
+
+    def domain_of_row(self) -> list[str]:
+        """The domain of each row. Beam search repeats rows, and their domains with them.
+
+        Raises UserError when no domains were set, or their number does not fit the batch.
+        """
+        if not self._domains:
+            raise UserError(
+                "A router goes by the domain, and nobody has told the rows' domains; call "
+                "routing_context(model).set_domains([...]) before the forward."
+            )
+        repeats, rest = divmod(self.batch_size, len(self._domains))
+        if rest:
+            raise UserError(
+                f"{len(self._domains)} domains were set for a batch of {self.batch_size} rows; give one a row."
+            )
+        return [domain for domain in self._domains for _ in range(repeats)]
 
     @property
     def layers(self) -> list[str]:

@@ -1,11 +1,13 @@
 """What routing did over many forward passes: sums until somebody prints them.
 
-L routed layers, T tokens, E experts, K picks, M = 2 modalities (text, image).
+L routed layers, T tokens, E real experts, X = E + null experts, O = E outcomes of a pick, and one more for all null
+experts together where there are any, K picks, J = K + 1 possible numbers of real picks of a token, M = 2 modalities
+(text, image), C cells that tokens are summed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +18,89 @@ from torch import Tensor
 
 from mllm.errors import UserError
 from mllm.routing.context import RoutingContext
+from mllm.routing.layout import MODALITIES
+from mllm.routing.losses import pool
+from mllm.routing.routing import Routing
 
-MODALITIES = ("text", "image")
 ALL = "all"  # the domain of tokens whose domain nobody told
+PER_GROUP = ("load", "null_share", "entropy")  # figures that are told by modality and by domain too
 
 
-@dataclass
-class _Sums:
-    """Sums over the tokens of one domain, float64 on the CPU."""
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens, float64 on the CPU, and the figures they give.
 
-    tokens_M: Tensor
-    picks_LME: Tensor
-    probs_LME: Tensor
-    entropy_LM: Tensor
+    `open_LMX` counts the tokens that were free to take an expert, so that an expert of a modality that did not come is
+    told from one that nobody wants. `real_picks_LMJ` counts the tokens with 0, 1 … K real picks. `entropy_LM1` is that
+    of a token's probabilities over real experts, scaled to sum to one: null experts are one another's copies.
+    """
 
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    num_experts: int
+    tokens_LM1: Tensor
+    picks_LMX: Tensor
+    open_LMX: Tensor
+    probs_LMX: Tensor
+    entropy_LM1: Tensor
+    real_picks_LMJ: Tensor
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.num_experts, **{name: getattr(self, name) + getattr(other, name) for name in _COLUMNS})
+
+    def of(self, modality: str) -> Sums:
+        """The same with the tokens of one modality only."""
+        m = MODALITIES.index(modality)
+        return Sums(self.num_experts, **{name: getattr(self, name)[:, m : m + 1] for name in _COLUMNS})
+
+    @property
+    def num_tokens(self) -> int:
+        """Every layer sees the same tokens."""
+        return int(self.tokens_LM1[0].sum())
+
+    @property
+    def outcomes_LO(self) -> Tensor:
+        """Picks of each real expert, then those of all null experts together where there are any."""
+        real_LE, null_LN = self.picks_LMX.sum(1).tensor_split([self.num_experts], dim=-1)
+        return torch.cat([real_LE, null_LN.sum(-1, keepdim=True)], dim=-1) if null_LN.shape[-1] else real_LE
+
+    @property
+    def shares_LO(self) -> Tensor:
+        """Share of all picks taken."""
+        return self.outcomes_LO / self.outcomes_LO.sum(-1, keepdim=True).clamp(min=1)
+
+    @property
+    def is_dead_LE(self) -> Tensor:
+        """Real experts that took no token although some token was free to take them."""
+        picks_LX, open_LX = self.picks_LMX.sum(1), self.open_LMX.sum(1)
+        return ((picks_LX == 0) & (open_LX > 0))[:, : self.num_experts]
+
+    def figures_L(self) -> dict[str, Tensor]:
+        """Name -> [L]; see RoutingStats.summary for what each means."""
+        tokens = max(self.num_tokens, 1)
+        picks_LX, counts_LJ = self.picks_LMX.sum(1), self.real_picks_LMJ.sum(1)
+        real_LE, all_L = picks_LX[:, : self.num_experts], picks_LX.sum(-1)
+        real_L = real_LE.sum(-1)
+        load_L = real_L / tokens
+        from_mean_LJ = torch.arange(counts_LJ.shape[-1]) - load_L[:, None]
+        return {
+            "load": load_L,
+            "load_variance": (counts_LJ * from_mean_LJ.square()).sum(-1) / tokens,
+            "empty_share": counts_LJ[:, 0] / tokens,
+            "null_share": (all_L - real_L) / all_L.clamp(min=1),
+            "entropy": self.entropy_LM1.sum((1, 2)) / tokens,
+            "max_share": real_LE.amax(-1) / real_L.clamp(min=1),
+            "dead_experts": self.is_dead_LE.sum(-1).double(),
+        }
+
+
+def mutual_information(counts_LCO: Tensor) -> Tensor:
+    """I(cell; outcome) [L] in nats from counts: H(cell) + H(outcome) - H(cell, outcome), 0 for a single cell.
+
+    The plug-in estimate: too high by about (C - 1)(O - 1) / 2N of N picks, which a log interval makes negligible.
+    """
+    joint_LCO = counts_LCO / counts_LCO.sum((1, 2), keepdim=True).clamp(min=1)
+    entropy_of = torch.special.entr
+    cells_L, outcomes_L = entropy_of(joint_LCO.sum(2)).sum(1), entropy_of(joint_LCO.sum(1)).sum(1)
+    return (cells_L + outcomes_L - entropy_of(joint_LCO).sum((1, 2))).clamp(min=0)
 
 
 class RoutingStats:
@@ -42,7 +111,9 @@ class RoutingStats:
 
     def __init__(self) -> None:
         self.layers: list[str] = []
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, Sums] = {}
+
+    # -- gathering -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self, context: RoutingContext, domains: Sequence[str] | None = None) -> None:
@@ -59,53 +130,26 @@ class RoutingStats:
                 f"{len(domains)} domains for a batch of {context.batch_size} rows; give one domain for each row (beam "
                 "search multiplies rows: update during greedy decoding or prefill)."
             )
-        if context.is_image_T is None:
-            raise UserError(
-                "The model was called with inputs_embeds, so image and text tokens cannot be told apart; call it with "
-                "input_ids."
-            )
         if self.layers not in ([], context.layers):
             raise UserError(
                 f"These statistics hold the layers {self.layers}, the forward routed {context.layers}; use one "
                 "RoutingStats a model."
             )
-        self.layers = context.layers
         names = sorted(set(domains))
-        for name, sums in zip(names, self._count(context, [names.index(domain) for domain in domains]), strict=True):
+        counted = _count(context, [names.index(domain) for domain in domains])
+        self.layers = context.layers
+        self._add(dict(zip(names, counted, strict=True)))
+
+    def _add(self, sums_of_domain: dict[str, Sums]) -> None:
+        for name, sums in sums_of_domain.items():
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-
-    def _count(self, context: RoutingContext, domain_of_row: list[int]) -> list[_Sums]:
-        """Sums of one forward for each domain: one index_add over (domain, modality) cells for all layers together."""
-        probs_LTE = context.stack("router_probs_TX")
-        num_layers, _, num_experts = probs_LTE.shape
-        picks_LTE = F.one_hot(context.stack("expert_ids_TK"), num_experts).sum(2)
-        entropy_LT1 = torch.special.entr(probs_LTE).sum(-1, keepdim=True)
-        per_token_LTF = torch.cat([picks_LTE, probs_LTE, entropy_LT1, torch.ones_like(entropy_LT1)], dim=-1)
-        per_token_LTF = per_token_LTF * ~context.is_pad_T[:, None]
-
-        domain_B = torch.tensor(domain_of_row, device=probs_LTE.device)
-        cell_T = domain_B[context.sample_T] * len(MODALITIES) + context.is_image_T
-        num_domains = max(domain_of_row) + 1
-        cells_LCF = per_token_LTF.new_zeros(num_layers, num_domains * len(MODALITIES), per_token_LTF.shape[-1])
-        cells_LCF = cells_LCF.index_add(1, cell_T, per_token_LTF).double().cpu()
-        cells_NLMF = cells_LCF.unflatten(1, (num_domains, len(MODALITIES))).transpose(0, 1)
-        return [
-            _Sums(
-                tokens_M=cells_LMF[0, :, -1],
-                picks_LME=cells_LMF[..., :num_experts],
-                probs_LME=cells_LMF[..., num_experts : 2 * num_experts],
-                entropy_LM=cells_LMF[..., -2],
-            )
-            for cells_LMF in cells_NLMF
-        ]
 
     def merge(self, other: RoutingStats) -> RoutingStats:
         """A new RoutingStats with the sums of both."""
         merged = RoutingStats()
         merged.layers = self.layers or other.layers
-        merged._sums = dict(self._sums)
-        for name, sums in other._sums.items():
-            merged._sums[name] = merged._sums[name] + sums if name in merged._sums else sums
+        merged._add(self._sums)
+        merged._add(other._sums)
         return merged
 
     def all_reduce(self) -> RoutingStats:
@@ -119,73 +163,149 @@ class RoutingStats:
             total = total.merge(part)
         return total
 
-    def _total(self) -> _Sums | None:
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    def total(self) -> Sums | None:
+        """The sums over all domains; None before the first update."""
         parts = list(self._sums.values())
         return sum(parts[1:], parts[0]) if parts else None
+
+    def by_domain(self) -> dict[str, Sums]:
+        """Domain -> its sums, in alphabetical order."""
+        return dict(sorted(self._sums.items()))
+
+    def by_modality(self) -> dict[str, Sums]:
+        """Modality -> its sums over all domains; only modalities that had tokens."""
+        total = self.total()
+        parts = {} if total is None else {name: total.of(name) for name in MODALITIES}
+        return {name: sums for name, sums in parts.items() if sums.num_tokens}
 
     def summary(self) -> dict[str, float]:
         """Flat figures for a log; empty before the first update.
 
-        routing/entropy/<layer>       mean entropy of a token's probabilities in nats (ln E: the router does not care)
-        routing/load/<layer>          mean experts a token
-        routing/max_share/<layer>     share of picks of the busiest expert (1/E when even, 1 when collapsed)
-        routing/dead_experts/<layer>  experts that took no token
-        and the same without a layer: the mean over layers, for dead experts the sum.
+        routing/load/<layer>          mean real experts a token
+        routing/null_share/<layer>    share of the picks taken that are null
+        routing/entropy/<layer>       mean entropy in nats of a token's probabilities over real experts (ln E: the
+                                      router does not care)
+        routing/max_share/<layer>     share of real picks of the busiest expert (1/E when even, 1 when collapsed)
+        routing/dead_experts/<layer>  real experts that took no token though some token was free to take them
+        routing/mi_domain/<layer>     mutual information of a pick and its token's domain in nats, null picks counting
+        routing/mi_modality/<layer>   as one more expert; 0 with one domain, or modality
+        and the same without a layer: the mean over layers, for dead experts the sum. Over all layers only:
+        routing/load_variance         variance over tokens of their number of real experts
+        routing/empty_share           share of tokens without a real expert
+        routing/mi_domain_ratio       mutual information over the entropy of the domain: 1 when a pick tells it
+        routing/mi_modality_ratio
+        routing/{load,null_share,entropy}/{text,image}, and …/domain/<domain> where there are several
         """
-        total = self._total()
+        total = self.total()
         if total is None:
             return {}
-        tokens = total.tokens_M.sum().clamp(min=1)
-        picks_LE = total.picks_LME.sum(1)
-        shares_LE = picks_LE / picks_LE.sum(-1, keepdim=True).clamp(min=1)
-        by_layer = {
-            "entropy": total.entropy_LM.sum(-1) / tokens,
-            "load": picks_LE.sum(-1) / tokens,
-            "max_share": shares_LE.amax(-1),
-            "dead_experts": (picks_LE == 0).sum(-1).double(),
-        }
-        figures = {
-            f"routing/{name}": float(values_L.sum() if name == "dead_experts" else values_L.mean())
-            for name, values_L in by_layer.items()
-        }
-        for name, values_L in by_layer.items():
-            figures |= {f"routing/{name}/{layer}": float(v) for layer, v in zip(self.layers, values_L, strict=True)}
+        information_L, ratios = self._information()
+        by_layer = total.figures_L()
+        figures = {f"routing/{name}": float(values_L.mean()) for name, values_L in (by_layer | information_L).items()}
+        figures["routing/dead_experts"] = float(by_layer["dead_experts"].sum())
+        figures |= {f"routing/{name}": value for name, value in ratios.items()}
+        for name, values_L in (by_layer | information_L).items():
+            if name not in ("load_variance", "empty_share"):
+                figures |= {f"routing/{name}/{layer}": float(v) for layer, v in zip(self.layers, values_L, strict=True)}
+        groups = {f"domain/{name}": sums for name, sums in self.by_domain().items()} if len(self._sums) > 1 else {}
+        for group, sums in (self.by_modality() | groups).items():
+            figures |= {f"routing/{name}/{group}": float(sums.figures_L()[name].mean()) for name in PER_GROUP}
         return figures
 
-    def shares(self) -> dict[str, dict[str, list[float]]]:
-        """domain -> layer -> share of the domain's picks that each expert took."""
-        return {name: self._by_layer(sums.picks_LME.sum(1)) for name, sums in sorted(self._sums.items())}
+    def _information(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Mutual information with domain and modality: [L] in nats, and over the entropy of the domain or modality."""
+        information_L, ratios = {}, {}
+        for name, parts in {"mi_domain": self.by_domain(), "mi_modality": self.by_modality()}.items():
+            counts_LCO = torch.stack([sums.outcomes_LO for sums in parts.values()], dim=1)
+            information_L[name] = mutual_information(counts_LCO)
+            # A cell tells itself: its information with itself is its entropy.
+            entropy_L = mutual_information(torch.diag_embed(counts_LCO.sum(2)))
+            ratios[f"{name}_ratio"] = float((information_L[name] / entropy_L.where(entropy_L > 0, 1)).mean())
+        return information_L, ratios
 
-    def _by_layer(self, picks_LE: Tensor) -> dict[str, list[float]]:
-        shares_LE = picks_LE / picks_LE.sum(-1, keepdim=True).clamp(min=1)
-        return dict(zip(self.layers, shares_LE.tolist(), strict=True))
+    def shares(self) -> dict[str, dict[str, list[float]]]:
+        """domain -> layer -> share of the domain's picks that each real expert took and, where the model has null
+        experts, as one more number at the end, all of those together.
+        """
+        return {name: self._layered(sums.shares_LO) for name, sums in self.by_domain().items()}
+
+    def _layered(self, values_LO: Tensor) -> dict[str, list[float]]:
+        return dict(zip(self.layers, values_LO.tolist(), strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values: summary, shares by domain, shares by modality, and per domain and modality the
-        tokens, picks [layer][expert], mean probabilities [layer][expert] and mean entropies [layer]."""
-        total = self._total()
+        """Everything as plain values.
+
+        `layers`, `experts` (what the numbers of a share stand for: "0", "1" … and "null"), `summary`, `shares` by
+        domain, `modality_shares`, `figures` by domain and modality (means over layers, names as in `summary`), and
+        under `domains`, by domain and modality, the tokens, picks [layer][expert, null ones too], real_picks
+        [layer][tokens with 0, 1 … K real picks], mean probabilities [layer][expert] and mean entropies [layer].
+        """
+        total = self.total()
         return {
             "layers": self.layers,
+            "experts": [] if total is None else _expert_names(total),
             "summary": self.summary(),
             "shares": self.shares(),
-            "modality_shares": {}
-            if total is None
-            else {
-                name: self._by_layer(total.picks_LME[:, m])
-                for m, name in enumerate(MODALITIES)
-                if total.tokens_M[m] > 0
+            "modality_shares": {name: self._layered(sums.shares_LO) for name, sums in self.by_modality().items()},
+            "figures": {
+                "domain": {name: _means(sums) for name, sums in self.by_domain().items()},
+                "modality": {name: _means(sums) for name, sums in self.by_modality().items()},
             },
-            "domains": {name: _cells(sums) for name, sums in sorted(self._sums.items())},
+            "domains": {
+                name: {modality: _cell(sums.of(modality)) for modality in MODALITIES}
+                for name, sums in self.by_domain().items()
+            },
         }
 
 
-def _cells(sums: _Sums) -> dict[str, Any]:
+def _expert_names(sums: Sums) -> list[str]:
+    return [str(e) if e < sums.num_experts else "null" for e in range(sums.outcomes_LO.shape[-1])]
+
+
+def _means(sums: Sums) -> dict[str, float]:
+    figures = {name: float(values_L.mean()) for name, values_L in sums.figures_L().items()}
+    return figures | {"dead_experts": float(sums.is_dead_LE.sum())}
+
+
+def _cell(sums: Sums) -> dict[str, Any]:
+    tokens = max(sums.num_tokens, 1)
     return {
-        modality: {
-            "tokens": int(sums.tokens_M[m]),
-            "picks": sums.picks_LME[:, m].tolist(),
-            "mean_probs": (sums.probs_LME[:, m] / sums.tokens_M[m].clamp(min=1)).tolist(),
-            "entropy": (sums.entropy_LM[:, m] / sums.tokens_M[m].clamp(min=1)).tolist(),
-        }
-        for m, modality in enumerate(MODALITIES)
+        "tokens": sums.num_tokens,
+        "picks": sums.picks_LMX[:, 0].tolist(),
+        "real_picks": sums.real_picks_LMJ[:, 0].tolist(),
+        "mean_probs": (sums.probs_LMX[:, 0] / tokens).tolist(),
+        "entropy": (sums.entropy_LM1[:, 0, 0] / tokens).tolist(),
     }
+
+
+def _entropy_T1(routing: Routing) -> Tensor:
+    real_TE = F.normalize(routing.router_probs_TX[:, : routing.num_experts], p=1, dim=1)
+    return torch.special.entr(real_TE).sum(1, keepdim=True)
+
+
+# What is summed of each token: field of Sums -> fp32 [T, …] of one layer.
+_COLUMNS: dict[str, Callable[[Routing], Tensor]] = {
+    "tokens_LM1": lambda routing: torch.ones_like(routing.router_probs_TX[:, :1]),
+    "picks_LMX": lambda routing: routing.picks_TX,
+    "open_LMX": lambda routing: (~routing.router_logits_TX.isneginf()).float(),
+    "probs_LMX": lambda routing: routing.router_probs_TX,
+    "entropy_LM1": _entropy_T1,
+    "real_picks_LMJ": lambda routing: F.one_hot(routing.is_real_TK.sum(1), routing.is_real_TK.shape[1] + 1).float(),
+}
+
+
+def _count(context: RoutingContext, domain_of_row: list[int]) -> list[Sums]:
+    """Sums of one forward for each domain, pooled over (domain, modality) cells for all layers together."""
+    routings, num_modalities = list(context.routings.values()), len(MODALITIES)
+    domain_B = torch.tensor(domain_of_row, device=context.sample_T.device)
+    cell_T = domain_B[context.sample_T] * num_modalities + context.modality_T
+    num_domains = max(domain_of_row) + 1
+    sums_of_domain: list[dict[str, Tensor]] = [{} for _ in range(num_domains)]
+    for name, column in _COLUMNS.items():
+        values_LTF = torch.stack([column(routing) for routing in routings])
+        cells_LCF = pool(values_LTF, cell_T, num_domains * num_modalities, ~context.is_pad_T).cpu().double()
+        for sums, cells_LMF in zip(sums_of_domain, cells_LCF.split(num_modalities, dim=1), strict=True):
+            sums[name] = cells_LMF
+    return [Sums(routings[0].num_experts, **sums) for sums in sums_of_domain]

@@ -1,4 +1,8 @@
-"""The real DeepSpeed engine on two gloo ranks. Each launch costs some twenty seconds, so several claims share one."""
+"""The real DeepSpeed engine on two gloo ranks.
+
+A launch costs some twenty seconds, so only claims on the launcher itself go through it; other runs are forked (see
+ranks.py), and several claims share a run.
+"""
 
 import json
 import os
@@ -11,14 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
+import train
 from mllm.data.mixture import load_mixture
 from tests.train.data import write_config
+from tests.train.ranks import run_stage
 from train.config import load_config
 from train.feed import RunOrder
 from train.launch import launch
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 SPLIT_ALL = "deepspeed.persist_below=0"  # else ZeRO-3 would leave weights as small as these whole
+ROUTINGS = ("mole", "adamoe", "moma_groups", "combined")  # shipped configs that differ in model.adapter alone
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +37,24 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, name: str, *overrides: str) -> Path:
     """A run on two ranks into folder/name."""
-    status = launch(folder / "config.yaml", [f"run.output_dir={folder / name}", *overrides], num_processes=2)
-    assert status == 0
+    run_stage(folder / "config.yaml", f"run.output_dir={folder / name}", *overrides)
     return folder / name
 
 
-def losses(output: Path) -> dict[int, float]:
+def log(output: Path) -> dict[int, dict]:
+    """Step -> its entry."""
     entries = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
-    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+    return {entry["step"]: entry for entry in entries if "loss" in entry}
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {step: entry["loss"] for step, entry in log(output).items()}
+
+
+def adapter_of(config: str, **changes) -> str:
+    """`model.adapter` of a shipped config as an override."""
+    path = Path(train.__file__).parent / "configs" / f"{config}.yaml"
+    return f"model.adapter={json.dumps(load_config(path).model.adapter | changes)}"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +64,10 @@ def zero_0(folder):
 
 @pytest.fixture(scope="module")
 def zero_2(folder):
-    return run(folder, "zero_2", "deepspeed.zero=2", "run.save_every=3")
+    """Through the launcher."""
+    overrides = [f"run.output_dir={folder / 'zero_2'}", "deepspeed.zero=2", "run.save_every=3"]
+    assert launch(folder / "config.yaml", overrides, num_processes=2) == 0
+    return folder / "zero_2"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +79,15 @@ def zero_3(folder):
 def resumed(folder, zero_2):
     checkpoint = zero_2 / "checkpoints" / "checkpoint-3"
     return run(folder, "resumed", f"run.resume={checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def biased(folder):
+    """Balance by a bias, under ZeRO-3 and with an entry every second step: a whole run, and its second half again."""
+    adapter = adapter_of("mole", balance="bias", bias_update_rate=0.125)
+    options = (adapter, "run.save_every=3", "run.log_every=2", "run.report_to=none", "deepspeed.zero=3", SPLIT_ALL)
+    whole = run(folder, "bias", *options)
+    return whole, run(folder, "bias_resumed", *options, f"run.resume={whole}/checkpoints/checkpoint-3")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +146,40 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(zero_2, res
     whole, halves = (load_file(output / "adapter" / "adapter_model.safetensors") for output in (zero_2, resumed))
     for name in whole:
         torch.testing.assert_close(halves[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_shipped_routing_trains_alike_under_zero_2_and_3(folder, routing):
+    options = (adapter_of(routing), "run.steps=3", "run.report_to=none")
+    two = run(folder, f"{routing}_2", "deepspeed.zero=2", *options)
+    three = run(folder, f"{routing}_3", "deepspeed.zero=3", SPLIT_ALL, *options)
+    figures = ("loss", "balance_loss", "routing/load", "routing/null_share", "routing/router_grad_norm")
+    for step, entry in log(two).items():
+        assert {name: log(three)[step][name] for name in figures} == pytest.approx(
+            {name: entry[name] for name in figures}, rel=1e-4
+        )
+        assert entry["routing/router_grad_norm"] > 0
+    for output in (two, three):
+        mllm.load(folder / "base", adapter=output / "adapter")
+
+
+def test_a_bias_that_no_gradient_moves_is_saved_and_resumed_under_zero_3(biased):
+    whole, halves = biased
+    folders = (whole / "checkpoints" / "checkpoint-3", whole, halves)
+    at_3, at_5, resumed = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+    biases = [name for name in at_5 if name.endswith("selection_bias")]
+    assert len(biases) == 2
+    for name in biases:
+        assert (at_3[name] != 0).any()
+        assert torch.equal(resumed[name], at_5[name])
+    assert any((at_3[name] != at_5[name]).any() for name in biases)
+
+
+def test_the_steps_after_the_last_entry_are_told_at_the_end(biased):
+    *_, last = [json.loads(line) for line in (biased[0] / "train_log.jsonl").read_text().splitlines()]
+    assert list(log(biased[0])) == [2, 4]
+    assert last["step"] == 5
+    assert {"train_loss", "answer_loss", "routing/load"} <= last.keys()
 
 
 def test_a_checkpoint_is_whole_holds_an_adapter_and_no_frozen_weights(zero_2):

@@ -9,7 +9,7 @@ from mllm.errors import UserError
 from tests.tiny import write_tiny_llava
 from tests.train.data import write_config
 from train.config import ModelSection, load_config
-from train.parts import adapter_config, build_model, gather_trained, parameter_groups, part_of, trained, write_adapter
+from train.parts import adapter_config, build_model, gather_adapter, parameter_groups, part_of, trained, write_adapter
 from train.run import base_card
 
 
@@ -94,7 +94,7 @@ def test_a_saved_adapter_loads_with_the_trained_values(folder, tmp_path):
     for _, parameter in trained(model):
         torch.nn.init.normal_(parameter, std=0.1)
     write_adapter(
-        tmp_path / "adapter", model, gather_trained(model), base_card=base_card(model, config.model.path, processor)
+        tmp_path / "adapter", model, gather_adapter(model), base_card=base_card(model, config.model.path, processor)
     )
     loaded, _ = mllm.load(config.model.path, adapter=tmp_path / "adapter")
     assert isinstance(loaded, peft.PeftModel)
@@ -103,17 +103,40 @@ def test_a_saved_adapter_loads_with_the_trained_values(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("routing", ["router: frozen_random, balance: none", "balance: bias", "router_input: linear"])
+def test_a_saved_adapter_routes_as_the_model_it_was_saved_from(folder, tmp_path, routing):
+    """Also where the router is not trained, or chooses with a bias that no gradient moves."""
+    config = load(folder, f"model.adapter={{type: mole, r: 4, num_experts: 3, {routing}}}")
+    torch.manual_seed(1)  # not the seed of a model that is made while loading
+    model, processor = build_model(config)
+    for name, tensor in (*trained(model), *model.named_buffers()):
+        if "mole_" in name and not name.endswith("allowed_PX"):
+            torch.nn.init.normal_(tensor, std=0.5)
+    card = base_card(model, config.model.path, processor)
+    write_adapter(tmp_path / "adapter", model, gather_adapter(model), base_card=card)
+    torch.manual_seed(2)
+    loaded, _ = mllm.load(config.model.path, adapter=tmp_path / "adapter")
+    input_ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected, got = (one.eval()(input_ids=input_ids).logits for one in (model, loaded))
+        without = loaded.get_base_model().eval()
+        with loaded.disable_adapter():
+            base = without(input_ids=input_ids).logits
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, base)
+
+
 def test_an_aligned_projector_that_is_not_trained_on_goes_along_with_the_adapter(folder, tmp_path):
     align = load(folder, "stage=align", "model.adapter=null")
     model, processor = build_model(align)
     card = base_card(model, align.model.path, processor)
     for _, parameter in trained(model):
         torch.nn.init.constant_(parameter, 0.5)
-    write_adapter(tmp_path / "align", model, gather_trained(model), base_card=card)
+    write_adapter(tmp_path / "align", model, gather_adapter(model), base_card=card)
 
     config = load(folder, f"model.start_from={tmp_path / 'align'}", "model.train_projector=false")
     model, _ = build_model(config)
-    write_adapter(tmp_path / "tuned", model, gather_trained(model), base_card=card, start_from=config.model.start_from)
+    write_adapter(tmp_path / "tuned", model, gather_adapter(model), base_card=card, start_from=config.model.start_from)
     loaded, _ = mllm.load(config.model.path, adapter=tmp_path / "tuned")
     assert all((value == 0.5).all() for name, value in loaded.named_parameters() if "multi_modal_projector" in name)
 
@@ -122,7 +145,7 @@ def test_a_whole_adapter_to_start_from_keeps_its_settings_and_goes_on_training(f
     config = load(folder)
     model, processor = build_model(config)
     card = base_card(model, config.model.path, processor)
-    write_adapter(tmp_path / "first", model, gather_trained(model), base_card=card)
+    write_adapter(tmp_path / "first", model, gather_adapter(model), base_card=card)
     second = load(folder, "model.adapter=null", f"model.start_from={tmp_path / 'first'}")
     assert {name for name, _ in trained(build_model(second)[0])} == {name for name, _ in trained(model)}
     with pytest.raises(UserError, match=r"drop model\.adapter"):
@@ -133,7 +156,7 @@ def test_an_adapter_for_another_base_is_refused_with_both_names(folder, tmp_path
     config = load(folder)
     model, processor = build_model(config)
     card = base_card(model, config.model.path, processor)
-    write_adapter(tmp_path / "adapter", model, gather_trained(model), base_card=card)
+    write_adapter(tmp_path / "adapter", model, gather_adapter(model), base_card=card)
     other = write_tiny_llava(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=f"{config.model.path}.*other"):
         build_model(

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
 from mllm.data.collate import Collator
@@ -14,7 +15,7 @@ from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
-from train.trainer import Figures, LogFile, answer_losses, stop_if_unusable
+from train.trainer import Figures, LogFile, ProgressLine, answer_losses, stop_if_unusable
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +64,11 @@ def test_domain_losses_are_means_over_tokens_and_start_anew_after_each_entry():
     figures = Figures(["document", "general"], torch.device("cpu"))
     figures.add_answers(["general", "document"], torch.tensor([6.0, 1.0]), torch.tensor([3, 1]))
     figures.add_answers(["general"], torch.tensor([2.0]), torch.tensor([1]))
-    figures.add_losses({"balance_loss": torch.tensor(1.0)})
-    figures.add_losses({"balance_loss": torch.tensor(2.0)})
     entry = figures.drain()
     assert entry["answer_loss/general"] == 2.0
     assert entry["answer_loss/document"] == 1.0
     assert entry["answer_loss"] == 9 / 5
-    assert entry["balance_loss"] == 1.5
+    assert figures.is_empty
     figures.add_answers(["general"], torch.tensor([1.0]), torch.tensor([1]))
     assert {"answer_loss": 1.0, "answer_loss/general": 1.0}.items() <= figures.drain().items()
 
@@ -79,3 +78,13 @@ def test_a_resumed_run_drops_the_entries_after_its_checkpoint(tmp_path):
     log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
     LogFile(log).on_train_begin(None, TrainerState(global_step=3), TrainerControl())
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_warning_is_told_above_the_bar_and_kept_in_the_log(tmp_path, capsys):
+    entry = {"routing/load": 1.0, "warnings": ["step 5: no token took expert 2"]}
+    line, file = ProgressLine(), LogFile(tmp_path / "train_log.jsonl")
+    line.training_bar = tqdm(total=1)
+    for follower in (line, file):
+        follower.on_log(None, TrainerState(global_step=5), TrainerControl(), logs=entry)
+    assert "warning: step 5: no token took expert 2\n" in capsys.readouterr().err
+    assert json.loads(file.path.read_text()) == {"step": 5, **entry}

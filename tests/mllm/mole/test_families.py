@@ -76,7 +76,38 @@ def test_a_family_with_linears_in_the_layer_itself_is_refused_by_name():
         get_peft_model(transformers.OPTForCausalLM(config), MoleConfig())
 
 
-def test_a_mixture_of_experts_is_refused_by_name():
-    config = transformers.MixtralConfig(**COMMON, num_local_experts=2)
-    with pytest.raises(UserError, match=r"MixtralDecoderLayer.*mixtures of experts"):
-        get_peft_model(transformers.MixtralForCausalLM(config), MoleConfig())
+@pytest.mark.parametrize("router_input", ["block", "linear"])
+@pytest.mark.parametrize("expert_path", ["masked", "sorted"])
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPT2", "GPTNeoX"])  # gate and up apart, fused, Conv1D, no gate
+def test_null_experts_on_either_path_and_either_router_input_train_in_every_kind_of_block(
+    family, expert_path, router_input
+):
+    model = tiny(family)
+    base = model(INPUT_IDS).logits
+    config = MoleConfig(
+        r=2, num_experts=2, num_null_experts=2, top_k=2, expert_path=expert_path, router_input=router_input
+    )
+    model = wake(get_peft_model(model, config))
+    assert not torch.equal(model(INPUT_IDS).logits, base)
+    loss = model(INPUT_IDS, labels=INPUT_IDS).loss
+    linears = {"Llama": 3}.get(family, 2)
+    assert len(routing_context(model).layers) == (2 if router_input == "block" else 2 * linears)
+    (loss + routing_loss(model)[0]).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+    with model.disable_adapter():
+        assert torch.equal(model(INPUT_IDS).logits, base)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("Mixtral", {"num_local_experts": 2}),
+        ("Olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
+        ("Qwen3Moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name(family, sizes):
+    config = getattr(transformers, f"{family}Config")(**COMMON, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=rf"{family}DecoderLayer.*mixtures of experts"):
+        get_peft_model(model, MoleConfig())

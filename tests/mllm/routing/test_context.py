@@ -82,3 +82,34 @@ def test_recording_ends_when_the_forward_fails():
     context.record("after", routing(2), trainable=False)
     assert context.layers == []
     assert context.sequence_length == 2
+
+
+def test_domains_stay_until_told_otherwise_and_beam_search_repeats_them():
+    context = RoutingContext()
+    context.set_domains(["general", "document"])
+    context.begin(input_ids=torch.ones(2, 3, dtype=torch.long))
+    assert context.domain_of_row() == ["general", "document"]
+    context.begin(input_ids=torch.ones(4, 1, dtype=torch.long))  # two beams a row, side by side
+    assert context.domain_of_row() == ["general", "general", "document", "document"]
+    context.begin(input_ids=torch.ones(3, 1, dtype=torch.long))
+    with pytest.raises(UserError, match="2 domains were set for a batch of 3 rows"):
+        context.domain_of_row()
+    context.set_domains(None)
+    with pytest.raises(UserError, match="set_domains"):
+        context.domain_of_row()
+
+
+def test_modality_is_0_for_text_1_for_pictures_and_unknown_from_embeddings():
+    context = RoutingContext(IMAGE)
+    context.begin(input_ids=torch.tensor([[1, IMAGE]]))
+    assert context.modality_T.tolist() == [0, 1]
+    context.begin(inputs_embeds=torch.randn(1, 2, 4))
+    assert context.token_ids_T is None
+    with pytest.raises(UserError, match="call it with input_ids"):
+        _ = context.modality_T
+
+
+def test_a_model_without_pictures_has_text_alone_even_from_embeddings():
+    context = RoutingContext(image_token_id=None)
+    context.begin(inputs_embeds=torch.randn(1, 2, 4))
+    assert context.modality_T.tolist() == [0, 0]

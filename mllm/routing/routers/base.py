@@ -1,0 +1,66 @@
+"""What every router is: a module from hidden states, and what is known of their tokens, to fp32 logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mllm.errors import UserError
+from mllm.routing.context import RoutingContext
+from mllm.routing.layout import ExpertLayout
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What a router is built from; fields as in MoleConfig."""
+
+    width: int
+    layout: ExpertLayout
+    null_logits: str = "own"
+    temperature: float = 1.0
+    jitter: float = 0.0
+    modality_prior: bool = False
+    domains: tuple[str, ...] = ()
+
+
+class KeepsFp32(nn.Module):
+    """A module whose own weights stay fp32 through `model.to(torch.bfloat16)` and `model.half()`; moves pass through.
+
+    What reassigns parameters without asking the module, as DeepSpeed does with `bf16.enabled`, still rounds them; train
+    with DeepSpeed's `torch_autocast` to keep them fp32 there.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Router(KeepsFp32, ABC):
+    """T tokens, D width, X experts, null experts included.
+
+    `fixed` routers decide by rule, without weights of their own. They cannot weigh null experts, since nothing would
+    set their share, and take no prior, jitter or temperature. A router `learns` where its weights are trained.
+    """
+
+    fixed: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
+
+    def __init__(self, spec: RouterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        if self.fixed and spec.layout.num_null_experts:
+            raise UserError(
+                f"router={type(self).__module__.rpartition('.')[2]!r} decides by rule and cannot choose null experts; "
+                "set num_null_experts=0, or use a learned or frozen_random router."
+            )
+
+    @abstractmethod
+    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
+        """hidden_TD [T, D] in any float type, and the tokens' context -> router_logits_TX [T, X], fp32."""

@@ -1,0 +1,111 @@
+"""What MoleConfig refuses, each with its reason, and what it works out by itself."""
+
+import json
+
+import pytest
+
+from mllm.errors import UserError
+from mllm.mole import MoleConfig
+
+GROUPS = {"text": 2, "image": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gate": "sigmoid"}, "straight_through, softmax, none"),
+        ({"balance": "micro"}, "global_batch, layer, sample, bias, none"),
+        ({"router": "learnt"}, r"Did you mean 'learned'\?"),
+        ({"router_input": "layer"}, "block, linear"),
+        ({"null_logits": "common"}, "own, shared"),
+        ({"null_balance": "none"}, "averaged, each"),
+        ({"balance_schedule": "cosine"}, "constant, linear, step"),
+        ({"expert_path": "fast"}, "auto, masked, sorted"),
+        ({"r": 0}, "r must be at least 1"),
+        ({"r": {"all": 0}}, "r must be at least 1"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"num_null_experts": -1}, "num_null_experts must not be negative"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be in"),
+        ({"drop_share": 1.0}, "drop_share must be in"),
+        ({"router_jitter": -0.1}, "router_jitter must be in"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"real_share": 1.5, "num_null_experts": 1}, r"real_share must be in \(0, 1\]"),
+        ({"balance_loss_weight": -1.0}, "balance_loss_weight must not be negative"),
+        ({"balance_final_weight": -1.0, "balance_schedule": "step"}, "balance_final_weight must not be negative"),
+        ({"z_loss_weight": -1.0}, "z_loss_weight must not be negative"),
+        ({"bias_update_rate": -1.0}, "bias_update_rate must not be negative"),
+        ({"router_temperature": 0.0}, "router_temperature must be above 0"),
+        ({"target_modules": "all-linear"}, "attention projections"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_is_right(config, said):
+    with pytest.raises(UserError, match=said):
+        MoleConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"top_k": 5}, "top_k=5 exceeds the 4 experts that all tokens can take"),
+        ({"top_k": 3, "expert_groups": {"text": 3, "image": 1}}, "exceeds the 1 experts that image tokens can take"),
+        ({"num_experts": 3, "expert_groups": GROUPS}, "num_experts=3, but .* hold 4"),
+        ({"expert_groups": {"text": 2, "picture": 2}}, "a group 'picture'; groups are text, image, shared"),
+        ({"num_null_experts": {"text": 1}}, "there are no expert_groups"),
+        ({"r": {"text": 2}, "expert_groups": GROUPS}, "must name the expert groups: text, image"),
+        ({"r": {"text": 2}}, "must name the expert groups: all"),
+        ({"r": {"text": 2, "image": 4}, "expert_groups": GROUPS, "shared_a": True}, "shared_a needs one rank"),
+        ({"real_share": 0.5}, "real_share needs num_null_experts"),
+        ({"real_share": 1.0, "num_null_experts": 2}, "real_share must be below 1"),
+        (
+            {"real_share": 0.5, "expert_groups": GROUPS, "num_null_experts": {"image": 1}},
+            "real_share with groups needs null experts for each modality",
+        ),
+        ({"null_logits": "shared"}, "needs num_null_experts"),
+        (
+            {"modality_prior": True, "router": "frozen_random", "balance": "none"},
+            'modality_prior needs router="learned"',
+        ),
+        ({"router_jitter": 0.1, "router": "frozen_random", "balance": "none"}, 'router_jitter needs router="learned"'),
+        ({"router_temperature": 2.0, "router": "hash_token", "balance": "none"}, "has no router_temperature"),
+        ({"z_loss_weight": 0.1, "router": "frozen_random", "balance": "none"}, "z_loss_weight must be 0"),
+        ({"oracle_domains": ["general"]}, 'oracle_domains needs router="oracle_domain"'),
+        ({"router": "oracle_domain", "balance": "none"}, "needs oracle_domains"),
+        ({"router": "frozen_random"}, "'frozen_random' does not learn, so balance must be \"none\""),
+        ({"router": "hash_token", "balance": "bias"}, "'hash_token' decides by rule, so balance must be \"none\""),
+        ({"router": "hash_token", "balance": "none", "num_null_experts": 1}, "cannot choose null experts"),
+        ({"router": "oracle_modality", "balance": "none", "expert_groups": GROUPS}, "or go by groups"),
+        ({"renormalize": True, "top_k": 1, "gate": "softmax"}, "its router learns nothing"),
+        ({"balance_final_weight": 0.0}, "balance_final_weight and balance_schedule come together"),
+        ({"balance_schedule": "linear"}, "balance_final_weight and balance_schedule come together"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_refused_with_the_reason(config, said):
+    with pytest.raises(UserError, match=said):
+        MoleConfig(**config)
+
+
+@pytest.mark.parametrize(("num_experts", "path"), [(8, "masked"), (9, "sorted")])
+def test_the_path_follows_from_the_number_of_experts_unless_it_is_named(num_experts, path):
+    assert MoleConfig(num_experts=num_experts).expert_path == path
+    assert MoleConfig(num_experts=num_experts, expert_path="sorted").expert_path == "sorted"
+
+
+def test_groups_hold_the_experts_and_may_have_a_rank_each():
+    config = MoleConfig(r={"shared": 1, "image": 8, "text": 4}, expert_groups={"shared": 1, "image": 2, "text": 1})
+    assert config.num_experts == 4
+    assert config.layout.group_of_expert == ["text", "image", "image", "shared"]
+    assert config.ranks == [4, 8, 8, 1]
+    assert config.plain_rank == 8
+
+
+def test_a_saved_config_describes_the_same_experts_in_the_same_order(tmp_path):
+    config = MoleConfig(expert_groups={"text": 2, "image": 1}, num_null_experts={"text": 1, "image": 2}, r=3)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert list(saved["expert_groups"]) == ["image", "text"]  # PEFT sorts names
+    loaded = MoleConfig.from_pretrained(tmp_path)
+    assert loaded.layout == config.layout
+    assert loaded.layout.group_of_expert == config.layout.group_of_expert
+    assert loaded.layout.null_sets == config.layout.null_sets
+    assert list(loaded.layout.nulls) == list(config.layout.nulls)

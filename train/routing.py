@@ -1,0 +1,132 @@
+"""Routing in training: what a run does about it before a forward, after it, after a step and when an entry is logged.
+
+Nothing here is counted twice under activation checkpointing: recomputation in backward is not recorded.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mllm.mole import BiasBalance, MoleLayer, routing_context, routing_loss
+from mllm.routing import BalanceWindow, RoutingStats
+from mllm.routing.watch import RoutingWatch
+from train.ranks import summed, world_size
+
+
+class RunRouting(TrainerCallback):
+    """Follows the routing of a model with MOLE; does nothing for any other.
+
+    A callback of Trainer, which tells it where steps begin and end; the rest the trainer calls. All ranks call every
+    method together.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model
+        self.device = device  # where the figures of the ranks are added up
+        self.context = routing_context(model)
+        self.window = BalanceWindow()
+        self.bias = BiasBalance(model)
+        self.gradients = RouterGradients(model)
+        self.watch = RoutingWatch()
+        self.progress = 0.0
+        self.last = RoutingStats()  # of the interval logged last, over all ranks
+        self._clear()
+
+    def _clear(self) -> None:
+        self.stats = RoutingStats()
+        self.losses: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.window.reset()
+        self.progress = state.global_step / state.max_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bias.move()  # before Trainer saves, so that a checkpoint holds the bias of its step
+
+    def before_forward(self, domains: list[str]) -> None:
+        """Tell the rows' domains to routers that go by them."""
+        if self.context is not None:
+            self.context.set_domains(domains)
+
+    def after_forward(self, domains: list[str]) -> Tensor | float:
+        """Take in the routings of the last forward; returns its weighted routing losses, 0 where it has none."""
+        if self.context is None:
+            return 0.0
+        self.batches += 1
+        self.stats.update(self.context, domains)
+        self.bias.count()
+        result = routing_loss(self.model, window=self.window, progress=self.progress)
+        if result is None:
+            return 0.0
+        loss, parts = result
+        for name, value in parts.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value.double()
+        return loss
+
+    def drain(self, step: int) -> dict[str, Any]:
+        """Figures since the last call, over all ranks, and `warnings` where something needs a person's eye.
+
+        The mean of each routing loss, the summary of RoutingStats, and routing/router_grad_norm, the mean over the
+        layers whose router learns.
+        """
+        if self.context is None:
+            return {}
+        entry: dict[str, Any] = {
+            name: (summed(value) / self.batches / world_size()).item() for name, value in self.losses.items()
+        }
+        self.last = self.stats.all_reduce()
+        entry |= self.last.summary()
+        norms = self.gradients.drain(self.batches, self.device)
+        if norms:
+            entry["routing/router_grad_norm"] = sum(norms.values()) / len(norms)
+        warnings = self.watch.observe(step, self.last, norms or None)
+        if warnings:
+            entry["warnings"] = warnings
+        self._clear()
+        return entry
+
+
+class RouterGradients:
+    """Norms of the gradients that trained routers get, taken by hooks: ZeRO leaves no rank a whole gradient to look at.
+
+    A router's figure is the root of the mean square over micro-batches and ranks, before ranks are averaged and
+    gradients clipped. A router that nothing reaches has 0.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.squares: dict[str, Tensor | float] = {}
+        for module in model.modules():
+            if isinstance(module, MoleLayer) and module.layer is not None:
+                for parameter in module.mole_router.parameters():
+                    if parameter.requires_grad:
+                        self.squares[module.layer] = 0.0
+                        parameter.register_hook(partial(self._add, module.layer))
+
+    def _add(self, layer: str, gradient: Tensor) -> None:
+        self.squares[layer] = self.squares[layer] + gradient.detach().double().square().sum()
+
+    def drain(self, batches: int, device: torch.device) -> dict[str, float]:
+        """Layer -> norm over the micro-batches since the last call. All ranks call it together."""
+        if not self.squares:
+            return {}
+        squares = [torch.as_tensor(square, dtype=torch.float64, device=device) for square in self.squares.values()]
+        norms = (summed(torch.stack(squares)) / (batches * world_size())).sqrt().tolist()
+        self.squares = dict.fromkeys(self.squares, 0.0)
+        return dict(zip(self.squares, norms, strict=True))
+
+
+def routing_table(stats: RoutingStats) -> Table:
+    """What each layer did: real experts a token, share of null picks, entropy in nats, share of the busiest expert."""
+    columns = {"load": "load", "null_share": "null share", "entropy": "entropy", "max_share": "busiest share"}
+    table = Table("layer", *columns.values(), title="routing in the last logged interval")
+    figures = stats.summary()
+    for layer in stats.layers:
+        table.add_row(layer, *(f"{figures[f'routing/{column}/{layer}']:.2f}" for column in columns))
+    return table
