@@ -1,0 +1,23 @@
+"""An early-fusion model of text and image tokens whose FFNs are experts by modality (MoMa, 2407.21770).
+
+Importing this registers the model type "moma" with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from mllm.moma.config import MomaConfig, layers_at_equal_flops
+from mllm.moma.modeling import MomaForCausalLM, MomaModel
+from mllm.moma.upcycling import from_language_model, upcycle
+
+__all__ = [
+    "MomaConfig",
+    "MomaForCausalLM",
+    "MomaModel",
+    "from_language_model",
+    "layers_at_equal_flops",
+    "upcycle",
+]
+
+AutoConfig.register(MomaConfig.model_type, MomaConfig)
+AutoModel.register(MomaConfig, MomaModel)
+AutoModelForCausalLM.register(MomaConfig, MomaForCausalLM)
