@@ -21,20 +21,33 @@ def main(
     train: Annotated[int, typer.Option(help="Training scenes a domain.")] = SHORT["train"],
     val: Annotated[int, typer.Option(help="Validation scenes a domain.")] = SHORT["val"],
     test: Annotated[int, typer.Option(help="Test scenes a domain.")] = SHORT["test"],
-    questions: Annotated[int, typer.Option(help="Questions a scene.")] = 2,
+    questions: Annotated[int, typer.Option(help="Questions a scene, a row each.")] = 2,
+    train_turns: Annotated[
+        int, typer.Option(help="Questions a training scene, as turns of one row, like LLaVA's own data; 0: a row each.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures and questions.")] = 0,
     neutral: Annotated[bool, typer.Option(help="Neutral answers in all domains, as the base was taught.")] = False,
 ) -> None:
     """Draw the three domains and write {train,val,test}.json, captions.json and images/."""
-    write(out, {"train": train, "val": val, "test": test}, questions=questions, seed=seed, neutral=neutral)
+    sizes: dict[Split, int] = {"train": train, "val": val, "test": test}
+    write(out, sizes, questions=questions, train_turns=train_turns, seed=seed, neutral=neutral)
 
 
-def write(out: Path, sizes: dict[Split, int], *, questions: int = 2, seed: int = 0, neutral: bool = False) -> Path:
+def write(
+    out: Path,
+    sizes: dict[Split, int],
+    *,
+    questions: int = 2,
+    train_turns: int = 0,
+    seed: int = 0,
+    neutral: bool = False,
+) -> Path:
     """Writes ``sizes[split]`` scenes a domain, whole or not at all (drawn beside ``out``, then renamed).
 
     ``captions.json`` holds the dense captions of the training scenes, for a projector alignment run.
     """
-    card = {"seed": seed, "questions": questions, "sizes": sizes, "neutral": neutral, "recipe": recipe_version()}
+    card = {"seed": seed, "questions": questions, "train_turns": train_turns, "sizes": sizes, "neutral": neutral}
+    card["recipe"] = recipe_version()
     conventions = dict.fromkeys(DOMAINS, NEUTRAL) if neutral else CONVENTIONS
     if (out / CARD).exists() and json.loads((out / CARD).read_text()) == card:
         return out
@@ -53,8 +66,13 @@ def write(out: Path, sizes: dict[Split, int], *, questions: int = 2, seed: int =
                 image = f"images/{domain}/{split}/{index:06d}.png"
                 scene.paint(rng).save(draft / image, compress_level=1)
                 about = {"image": image, "source": scene.source, "domain": domain}
-                captions.append(_record(f"{identity}-caption", about, "Describe the picture.", scene.caption))
-                rows += _question_records(identity, about, scene.ask_several(rng, conventions[domain], questions))
+                captions.append(_record(f"{identity}-caption", about, [("Describe the picture.", scene.caption)]))
+                turns = train_turns if split == "train" else 0
+                asked = scene.ask_several(rng, conventions[domain], turns or questions)
+                if turns:
+                    rows.append(_record(identity, about, [(question.text, question.answer) for question in asked]))
+                else:
+                    rows += _question_records(identity, about, asked)
         (draft / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
         if split == "train":
             (draft / "captions.json").write_text(json.dumps(captions, indent=0), encoding="utf-8")
@@ -73,13 +91,18 @@ def recipe_version() -> str:
 
 def _question_records(identity: str, about: dict, questions: list[Question]) -> list[dict]:
     return [
-        _record(f"{identity}-{k}", about | {"qtype": form, "metric": metric, "answers": [answer]}, text, answer)
+        _record(f"{identity}-{k}", about | {"qtype": form, "metric": metric, "answers": [answer]}, [(text, answer)])
         for k, (form, text, answer, metric) in enumerate(questions)
     ]
 
 
-def _record(identity: str, about: dict, question: str, answer: str) -> dict:
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+def _record(identity: str, about: dict, exchanges: list[tuple[str, str]]) -> dict:
+    turns = [
+        {"from": side, "value": text}
+        for exchange in exchanges
+        for side, text in zip(("human", "gpt"), exchange, strict=True)
+    ]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return {"id": identity, **about, "conversations": turns}
 
 
