@@ -14,7 +14,8 @@ from rich.panel import Panel
 from mllm.evaluate import evaluate_arms
 
 ARMS = ("lora", "mole")
-SCENES = {"train": 3000, "val": 0, "test": 250}  # a domain; two questions each
+SCENES = {"train": 4000, "val": 0, "test": 250}  # a domain; a row of four turns each, for test two questions
+TRAIN_TURNS = 4
 QUICK_SCENES = {"train": 160, "val": 0, "test": 20}
 DATA_SEED = 1  # scenes of seed 0 were looked at while the embedded base was made, so they are not held out
 console = Console()
@@ -24,8 +25,12 @@ def quickstart(out: Path, *, quick: bool) -> dict:
     """Runs every step into ``out`` and returns the report; a step that fails ends the whole with its status."""
     started = time.time()
     data, scenes = out / "data", QUICK_SCENES if quick else SCENES
-    sizes = [word for split, count in scenes.items() for word in (f"--{split}", str(count))]
-    step("data_recipes.miniworld", "--out", str(data), "--seed", str(DATA_SEED), *sizes)
+    drawn = scenes | {"train-turns": TRAIN_TURNS, "seed": DATA_SEED}
+    step(
+        "data_recipes.miniworld",
+        *("--out", str(data)),
+        *(word for name, value in drawn.items() for word in (f"--{name}", str(value))),
+    )
     mixture = out / "mixture.yaml"
     mixture.write_text("sources:\n  - path: data/train.json\n", encoding="utf-8")
     for arm in ARMS:
