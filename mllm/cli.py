@@ -24,6 +24,11 @@ console = Console()
 Arms = Annotated[
     list[str] | None, typer.Option("--arm", help="NAME=ADAPTER_FOLDER; repeat. `base` alone is the model without one.")
 ]
+TrainRows = Annotated[
+    Path | None, typer.Option("--train", help="Training rows (a mixture YAML or JSON), for the blind baseline.")
+]
+ImageRoot = Annotated[Path | None, typer.Option(help="Where pictures lie; default: the questions' folder.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N questions of each source.")]
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,26 +66,112 @@ def train(
 @plain_errors
 def evaluate(
     questions: Annotated[Path, typer.Option(help="Questions in LLaVA JSON or JSONL, with answers, metric and domain.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md, report.png and answers/.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, .json, .md, .png and answers/.")],
     model: Annotated[str, typer.Option(help="Folder, hub id, or `miniworld`.")] = "miniworld",
     arm: Arms = None,
-    train_rows: Annotated[
-        Path | None, typer.Option("--train", help="Training rows (a mixture YAML or JSON), for the blind baseline.")
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=MODEL or NAME=MODEL,ADAPTER_FOLDER: any vision-language model of transformers. Repeat."
+        ),
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Where pictures lie; default: the questions' folder.")] = None,
+    train_rows: TrainRows = None,
+    image_root: ImageRoot = None,
     blanked: Annotated[bool, typer.Option(help="Also score each arm with the picture blanked.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each source.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
+    limit: Limit = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at once, by each process.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    ranks: Annotated[int, typer.Option(help="Processes that share the questions; with GPUs, one each.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what --out already has answers to.")] = False,
 ) -> None:
-    """Answer a question set with several adapters of one model; print and store scores per domain and source."""
+    """Answer a question set with several adapters of one model; print and store scores per domain and source.
+
+    A run that was killed goes on where it was when started again.
+    """
+    if ranks > 1 and "WORLD_SIZE" not in os.environ:
+        start_ranks(ranks)
     from mllm.evaluate import evaluate_arms
 
-    adapters = parse_arms(arm or ["base"])
     evaluate_arms(
-        model, adapters, questions, out, train_rows=train_rows, image_root=image_root, blanked=blanked, limit=limit,
-        batch_size=batch_size, max_new_tokens=max_new_tokens,
+        model, parse_arms(arm or ["base"]), questions, out, peers=parse_peers(peer or []), train_rows=train_rows,
+        image_root=image_root, blanked=blanked, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        fresh=fresh,
     )  # fmt: skip
+
+
+def start_ranks(number: int) -> None:
+    """Becomes torchrun, which starts this very command line so many times; cores are divided among them."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)))
+    start_module(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "mllm.cli", *sys.argv[1:]
+    )
+
+
+@app.command()
+@plain_errors
+def score(
+    answers: Annotated[
+        list[str], typer.Argument(help="[NAME=]ANSWERS.jsonl in LLaVA's format; several stand side by side.")
+    ],
+    questions: Annotated[
+        Path | None, typer.Option(help="What they answer; answers that `mllm eval` wrote carry their labels with them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; without it, tables are printed.")] = None,
+    train_rows: TrainRows = None,
+    image_root: ImageRoot = None,
+    limit: Limit = None,
+) -> None:
+    """Score answers that are there already; no model is needed."""
+    from mllm.evaluation.stored import score_files
+
+    score_files(parse_files(answers), questions, out, train_rows=train_rows, image_root=image_root, limit=limit)
+
+
+@app.command()
+@plain_errors
+def compare(
+    first: Annotated[str, typer.Argument(help="[NAME=]ANSWERS.jsonl as `mllm eval` or `mllm score` writes them.")],
+    second: Annotated[str, typer.Argument(help="The same questions, answered by another.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.json and compare.md.")] = None,
+) -> None:
+    """Is SECOND better than FIRST? Paired bootstrap and McNemar's test per domain, adjusted by Holm."""
+    from mllm.evaluation.answers import read_answers, read_recipe
+    from mllm.evaluation.compare import compare_answers, comparison_notes, comparison_tables, write_comparison
+    from mllm.evaluation.tables import print_tables
+
+    (one, one_path), (two, two_path) = parse_files([first, second]).items()
+    comparison = compare_answers(
+        read_answers(one_path), read_answers(two_path), names=(one, two),
+        recipes=(read_recipe(one_path), read_recipe(two_path)),
+    )  # fmt: skip
+    print_tables(comparison_tables(comparison), comparison_notes(comparison))
+    if out:
+        write_comparison(comparison, out)
+
+
+def parse_files(texts: list[str]) -> dict[str, Path]:
+    """Name -> file; without a name, the file's. Raises UserError for a name that comes twice."""
+    named: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).is_file():
+            name, path = Path(text).stem, text
+        if name in named:
+            raise UserError(f"{text}: there is a {name!r} already; say NAME={path}.")
+        named[name] = Path(path)
+    return named
+
+
+def parse_peers(texts: list[str]) -> dict[str, tuple[str, str | None]]:
+    """``qwen=Qwen/Qwen2-VL-2B-Instruct,runs/qwen/adapter`` -> ("Qwen/…", folder) under "qwen"."""
+    peers: dict[str, tuple[str, str | None]] = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        model, _, adapter = rest.partition(",")
+        if not name or "/" in name or not model or name in peers:
+            raise UserError(f"--peer {text}: expected NAME=MODEL or NAME=MODEL,ADAPTER_FOLDER, each name once.")
+        peers[name] = (model, adapter or None)
+    return peers
 
 
 def parse_arms(texts: list[str]) -> dict[str, str | None]:
@@ -126,6 +217,23 @@ def check(
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if report.bad:
         raise typer.Exit(1)
+
+
+@app.command()
+@plain_errors
+def routing() -> None:
+    """List the routers, gates, balances and null experts a MoLE adapter can have, with a line on each."""
+    from rich.table import Table
+
+    from mllm.routing.describe import describe
+
+    for field, options in describe().items():
+        table = Table(
+            "", "", "arXiv", title=f"model.adapter.{field}", title_justify="left", show_header=False, box=None
+        )
+        for option in options:
+            table.add_row(f"[bold]{escape(option.name)}", escape(option.line), f"[dim]{option.paper}")
+        console.print(table, "", highlight=False)
 
 
 @app.command()

@@ -1,24 +1,28 @@
 """Questions to a report: loads each arm in turn, has it answer, and hands the text to ``mllm.evaluation``."""
 
-from collections import defaultdict
+import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
-import torch
-from rich.console import Console
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from mllm import ranks
+from mllm.answering import Journal, answer_all, say
 from mllm.build import load
 from mllm.console import quieten
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
-from mllm.data.sources import Source
 from mllm.errors import UserError
-from mllm.evaluation.answers import check_gradable, collect_answers
-from mllm.evaluation.report import Arm, build_report, print_report, write_report
-from mllm.generate import answer
+from mllm.evaluation.questions import read_questions
+from mllm.evaluation.recipe import Recipe, digest
+from mllm.evaluation.report import Arm, build_report, write_report
+from mllm.evaluation.tables import print_report
 from mllm.mole import routing_context
+from mllm.peers import is_peer, load_peer
 from mllm.provenance import provenance
-from mllm.routing.stats import RoutingStats
 
 
 def evaluate_arms(
@@ -27,19 +31,27 @@ def evaluate_arms(
     questions: Path,
     out: Path,
     *,
+    peers: Mapping[str, tuple[str, str | Path | None]] | None = None,
     train_rows: Path | None = None,
     image_root: Path | None = None,
     blanked: bool = True,
     limit: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 32,
+    fresh: bool = False,
 ) -> dict:
     """Scores one model with each of several adapters on the same questions, prints the tables and writes the report.
 
+    What a killed run has answered is kept; the same call goes on from there, and over a finished folder it asks nothing
+    again. Under torchrun the ranks share the questions, and the report is that of one rank.
+
     Args:
         adapters: arm name -> adapter folder, None for the model alone; the first arm is what others are compared with.
+        peers: more arms, each a model of its own: arm name -> (folder or hub id, adapter folder or None).
         train_rows: where the blind baseline learns the commonest answers; without it there is no baseline.
         limit: only the first so many questions of each source.
+        batch_size: questions answered at once, by each rank.
+        fresh: whether to ask everything again; answers that are there are moved aside.
 
     Returns:
         The report, as written to ``out/report.json``.
@@ -48,29 +60,39 @@ def evaluate_arms(
         UserError: questions, pictures, model or adapter cannot be read, or no question has an answer to score by.
     """
     quieten()
-    rows = [row for row in Source(questions, image_root=image_root) if row.metric != "not_graded"]
-    rows = first_of_each_source(rows, limit)
-    check_gradable(rows)
+    rows = read_questions(questions, image_root=image_root, limit=limit)
     known = load_mixture(train_rows) if train_rows else []
-    for name, adapter in adapters.items():
-        if adapter is not None and not Path(adapter).is_dir():  # before the first arm spends an hour answering
+    models = {name: (model, adapter) for name, adapter in adapters.items()} | dict(peers or {})
+    check_arms(models, num_arms=len(adapters) + len(peers or {}))
+    with ranks.joined():
+        arms = {
+            name: answer_arm(path, adapter, rows, name=name, split=questions.stem, folder=out / "answers",
+                             blanked=blanked, batch_size=batch_size, max_new_tokens=max_new_tokens, fresh=fresh)
+            for name, (path, adapter) in models.items()
+        }  # fmt: skip
+        report = None
+        if ranks.rank() == 0:
+            report = build_report(arms, known)
+            report["about"] = {
+                "model": str(model),
+                "adapters": {name: str(path) for name, path in adapters.items() if path},
+                "peers": {name: [str(part) for part in pair if part] for name, pair in (peers or {}).items()},
+                "questions": questions.name,
+                "decoding": {"greedy": True, "max_new_tokens": max_new_tokens},
+                "measured": provenance(),
+            }
+            write_report(report, arms, out)
+            print_report(report)
+        return ranks.shared(report)
+
+
+def check_arms(models: Mapping[str, tuple[str, str | Path | None]], *, num_arms: int) -> None:
+    """Raises UserError for what would otherwise be found only after the first arm has spent an hour answering."""
+    if len(models) < num_arms:
+        raise UserError("an arm and a peer have the same name; give each one of its own.")
+    for name, (_, adapter) in models.items():
+        if adapter is not None and not Path(adapter).is_dir():
             raise UserError(f"arm {name}: no adapter folder {adapter}.")
-    arms = {
-        name: answer_arm(model, adapter, rows, name=name, blanked=blanked, batch_size=batch_size,
-                         max_new_tokens=max_new_tokens)
-        for name, adapter in adapters.items()
-    }  # fmt: skip
-    report = build_report(arms, known)
-    report["about"] = {
-        "model": str(model),
-        "adapters": {name: str(path) for name, path in adapters.items() if path},
-        "questions": questions.name,
-        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens},
-        "measured": provenance(),
-    }
-    write_report(report, arms, out)
-    print_report(report)
-    return report
 
 
 def answer_arm(
@@ -79,38 +101,69 @@ def answer_arm(
     rows: Sequence[Conversation],
     *,
     name: str,
+    split: str,
+    folder: Path,
     blanked: bool,
     batch_size: int,
     max_new_tokens: int,
+    fresh: bool = False,
 ) -> Arm:
-    """One arm's answers, with pictures and blanked, and where its experts' tokens went."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load(model_path, adapter=adapter, device=device)
-    context, stats = routing_context(model), RoutingStats()
-    Console(stderr=True).print(f"[bold]{name}[/]: {len(rows)} questions")
+    """One arm's answers, with pictures and blanked, and where its experts' tokens went; kept in ``folder``."""
+    model, processor = load_arm(model_path, adapter)
+    recipe = Recipe.of(
+        rows, split=split, template=template_of(processor), decoding=f"greedy, at most {max_new_tokens} tokens"
+    )
+    say(f"{name}: {len(rows)} questions, recipe {recipe.id}")
 
-    def answered(blank: bool) -> list:
-        texts = answer(
-            model, processor, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, blank=blank,
-            on_batch=(lambda domains: stats.update(context, domains)) if context and not blank else None,
-        )  # fmt: skip
-        return collect_answers(rows, texts)
+    def answered(blank: bool) -> tuple:
+        asked, title = (recipe.blanked(), f"{name} (blanked)") if blank else (recipe, name)
+        path = folder / f"{name}{'.blanked' if blank else ''}.jsonl"
+        origin = {
+            "prompt, template or decoding": asked.asked,
+            "model": stamp(model_path, adapter),
+            "code": code_stamp(),
+        }
+        journal = None
+        if ranks.rank() == 0:
+            journal = Journal(path, origin, model_id=title, recipe=asked, fresh=fresh)
+            if journal.replies:
+                say(f"{title}: {len(journal.replies)} of {len(rows)} were answered before")
+        sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        return answer_all(model, processor, rows, journal, blank=blank, **sizes)
 
+    answers, stats = answered(blank=False)
     return Arm(
-        answers=answered(blank=False),
-        blanked=answered(blank=True) if blanked else None,
-        routing=stats.to_json() if context else None,
+        answers=answers,
+        blanked=answered(blank=True)[0] if blanked else None,
+        routing=stats.to_json() if routing_context(model) else None,
+        recipe=recipe,
     )
 
 
-def first_of_each_source(rows: Sequence[Conversation], limit: int | None) -> list[Conversation]:
-    """At most ``limit`` rows a source, in their order. Raises UserError if nothing is left."""
-    taken: dict[str, int] = defaultdict(int)
-    kept = []
-    for row in rows:
-        taken[row.source] += 1
-        if limit is None or taken[row.source] <= limit:
-            kept.append(row)
-    if not kept:
-        raise UserError("no question to answer: the file has no graded row, or --limit is 0.")
-    return kept
+def load_arm(model_path: str, adapter: str | Path | None) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
+    """A LLaVA as `mllm.load` gives it, or any other vision-language model of transformers'; on this rank's device."""
+    read = load_peer if is_peer(model_path) else load
+    return read(model_path, adapter=adapter, device=ranks.own_device())
+
+
+def template_of(processor: ProcessorMixin) -> str:
+    return str(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template)
+
+
+def stamp(*paths: str | Path | None) -> str:
+    """Changes when a file of these folders does; of a hub id, the name is all there is to go by."""
+    folders = [path for path in paths if path is not None]
+    return digest([str(path) if not Path(path).is_dir() else "", *_file_stamps(Path(path))] for path in folders)
+
+
+def _file_stamps(folder: Path) -> list[tuple[str, int, int]]:
+    found = sorted(path for path in folder.glob("*") if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+
+
+def code_stamp() -> str:
+    """Changes with the library's own text, as far as replies depend on it, and with the libraries below it."""
+    root = Path(str(files("mllm")))
+    sources = sorted(path for path in root.rglob("*.py") if root / "evaluation" not in path.parents)
+    texts = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return digest([texts, *(version(library) for library in ("torch", "transformers", "peft"))])

@@ -1,10 +1,11 @@
 """Answers from a model: to a whole question set in batches, or to one chat message piece by piece.
 
-Both go the way of a training sample, so a model is asked exactly as it was taught. B batch, S sequence.
+Both go the way of a training sample, so a model is asked exactly as it was taught; a peer that is no LLaVA is asked by
+its own processor. B batch, S sequence.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
+    LlavaProcessor,
     LogitsProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -26,6 +29,7 @@ from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.mole import routing_context
+from mllm.peers import PeerPrompts
 
 THREAD_NAME = "mllm-generate"
 CHAT = "chat"  # stands for a row in messages
@@ -55,26 +59,44 @@ def answer(
     Raises:
         UserError: a prompt does not fit the model; `ImageError`: a picture cannot be read. Both name the row.
     """
-    encoder, collate = ConversationEncoder(processor), Collator(processor, side="left")
-    order = _longest_first(conversations, processor)
+    batches = plan_batches(conversations, processor, batch_size)
+    answered = answer_batches(
+        model, processor, conversations, batches, max_new_tokens=max_new_tokens, blank=blank, on_batch=on_batch
+    )
     replies = [""] * len(conversations)
+    with tqdm(total=len(conversations), unit=" questions", desc="answering", disable=not progress) as bar:
+        for rows, texts in zip(batches, answered, strict=True):
+            for row, text in zip(rows, texts, strict=True):
+                replies[row] = text
+            bar.update(len(rows))
+    return replies
+
+
+def answer_batches(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    batches: Iterable[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    blank: bool = False,
+    on_batch: Callable[[list[str]], None] | None = None,
+) -> Iterator[list[str]]:
+    """The replies to each batch, one batch after the other; arguments and errors as for `answer`.
+
+    A reply may depend in its last bits on what it is batched with, so whoever wants the same replies again asks the
+    same batches.
+    """
+    prompts = prompts_for(processor)
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=len(order), unit=" questions", desc="answering", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = collate([encoder.encode_prompt(conversations[row]) for row in rows])
-                if blank:
-                    batch["pixel_values"] = torch.zeros_like(batch["pixel_values"])
-                texts = _answer_batch(model, processor, encoder, batch, max_new_tokens, on_batch)
-                for row, text in zip(rows, texts, strict=True):
-                    replies[row] = text
-                bar.update(len(rows))
+        for rows in batches:
+            asked = [conversations[row] for row in rows]
+            yield _answer_batch(model, prompts, asked, max_new_tokens, blank, on_batch)
     finally:
         model.train(was_training)
         _tell_domains(model, None)
-    return replies
 
 
 def _tell_domains(model: PreTrainedModel | PeftModel, domains: list[str] | None) -> None:
@@ -84,36 +106,73 @@ def _tell_domains(model: PreTrainedModel | PeftModel, domains: list[str] | None)
         context.set_domains(domains)
 
 
-def _longest_first(conversations: Sequence[Conversation], processor: ProcessorMixin) -> list[int]:
-    """Rows by falling prompt length, so that a batch too large for memory fails at once and not at the end.
+def plan_batches(conversations: Sequence[Conversation], processor: ProcessorMixin, batch_size: int) -> list[list[int]]:
+    """Row numbers in batches by falling prompt length, so that a batch too large for memory fails at once and not at
+    the end.
 
-    Every picture takes the same number of tokens, so counting pictures and the text's tokens spares reading the files.
+    As if every picture took the same number of tokens: counting pictures and the text's tokens spares reading files.
     """
 
     def length(row: int) -> tuple[int, int]:
         text = " ".join(turn.text for turn in conversations[row].turns)
         return len(conversations[row].images), len(processor.tokenizer(text)["input_ids"])
 
-    return sorted(range(len(conversations)), key=length, reverse=True)
+    order = sorted(range(len(conversations)), key=length, reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class Prompts:
+    """Questions as a LLaVA reads them: the way of a training sample, up to where the answer begins.
+
+    Attributes:
+        processor: whose they are.
+        ends: ids of tokens that end a reply, besides the checkpoint's own.
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+        self._encoder, self._collate = ConversationEncoder(processor), Collator(processor, side="left")
+        self.ends = [self._encoder.stop_token_id]
+
+    def __call__(self, conversations: Sequence[Conversation], *, blank: bool = False) -> Mapping[str, Tensor]:
+        """What the model reads, left-padded: `input_ids` and `attention_mask` `[B, S]`, and pixels.
+
+        `blank` empties every picture. Raises UserError or `ImageError`, naming the row.
+        """
+        batch = self._collate([self._encoder.encode_prompt(conversation) for conversation in conversations])
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+        return inputs | ({"pixel_values": torch.zeros_like(batch["pixel_values"])} if blank else {})
+
+
+def prompts_for(processor: ProcessorMixin) -> Prompts | PeerPrompts:
+    """Our way of asking for a LLaVA, the model's own for any other."""
+    return Prompts(processor) if isinstance(processor, LlavaProcessor) else PeerPrompts(processor)
 
 
 def _answer_batch(
     model: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
-    encoder: ConversationEncoder,
-    batch: dict[str, Any],
+    prompts: Prompts | PeerPrompts,
+    conversations: Sequence[Conversation],
     max_new_tokens: int,
+    blank: bool,
     on_batch: Callable[[list[str]], None] | None,
 ) -> list[str]:
-    domains, longest = batch["domains"], int(batch["attention_mask"].sum(1).argmax())
-    prompt_length = batch["input_ids"].shape[1]
+    inputs = prompts(conversations, blank=blank)
+    domains = [conversation.domain for conversation in conversations]
+    prompt_length = inputs["input_ids"].shape[1]
+    longest = conversations[int(inputs["attention_mask"].sum(1).argmax())]
     settings = _settings(
-        model, encoder, prompt_length=prompt_length, where=batch["wheres"][longest], max_new_tokens=max_new_tokens
+        model,
+        prompts.processor.tokenizer,
+        prompts.ends,
+        prompt_length=prompt_length,
+        where=longest.where,
+        max_new_tokens=max_new_tokens,
     )
     _tell_domains(model, domains)
     after_prefill = [_AfterPrefill(lambda: on_batch(domains))] if on_batch else []
-    ids_BS = model.generate(**_inputs(model, batch), generation_config=settings, logits_processor=after_prefill)
-    texts = processor.batch_decode(ids_BS[:, prompt_length:], skip_special_tokens=True)
+    ids_BS = model.generate(**_inputs(model, inputs), generation_config=settings, logits_processor=after_prefill)
+    texts = prompts.processor.batch_decode(ids_BS[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
@@ -150,7 +209,8 @@ def stream(
         prompt["pixel_values"] = sample["pixel_values"]
     settings = _settings(
         model,
-        encoder,
+        processor.tokenizer,
+        [encoder.stop_token_id],
         prompt_length=prompt["input_ids"].shape[1],
         where=CHAT,
         max_new_tokens=max_new_tokens,
@@ -189,17 +249,16 @@ def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
     return "".join(IMAGE_PLACE if part["type"] == "image" else part["text"] for part in content)
 
 
-def _inputs(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the model reads of a batch, on its device; pixels in its precision."""
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    if "pixel_values" in batch:
-        inputs["pixel_values"] = batch["pixel_values"].to(model.device, model.dtype)
-    return inputs
+def _inputs(model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the model's device; pixels in its precision, ids and masks as they are."""
+    moved = {key: values.to(model.device) for key, values in batch.items()}
+    return {key: values.to(model.dtype) if values.is_floating_point() else values for key, values in moved.items()}
 
 
 def _settings(
     model: PreTrainedModel | PeftModel,
-    encoder: ConversationEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
     *,
     prompt_length: int,
     where: str,
@@ -216,8 +275,7 @@ def _settings(
             f"{where}: {prompt_length} tokens of prompt, but the model holds {room}, the reply included. Shorten it."
         )
     own = model.generation_config.eos_token_id
-    ends = {encoder.stop_token_id, *([] if own is None else [own] if isinstance(own, int) else own)}
-    tokenizer = encoder.processor.tokenizer
+    own = [] if own is None else [own] if isinstance(own, int) else own
     return GenerationConfig(
         max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - prompt_length),
         min_new_tokens=0,
@@ -229,7 +287,7 @@ def _settings(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         use_cache=True,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted({*ends, *own}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
 

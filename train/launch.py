@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from mllm.errors import UserError
@@ -37,15 +38,19 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     check_run(load_config(config_path, overrides), ranks=ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), "--log_level", "error", "--module", "train"]
-    launcher = subprocess.Popen([*command, str(config_path), *(overrides or [])], env=environment)
+    # a group of its own, so that a signal reaches the ranks too: DeepSpeed's runner does not pass it on
+    launcher = subprocess.Popen(
+        [*command, str(config_path), *(overrides or [])], env=environment, start_new_session=True
+    )
     return wait_for(launcher)
 
 
 def wait_for(launcher: subprocess.Popen) -> int:
-    """The launcher's exit status. A signal to end is passed on as the one it hands to the ranks, lest they run on."""
+    """The launcher's exit status. A signal to end goes to its whole group, lest the ranks run on."""
 
     def stop(*_: object) -> None:
-        launcher.send_signal(signal.SIGINT)
+        with suppress(ProcessLookupError):  # it may just have ended
+            os.killpg(launcher.pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -13,6 +13,8 @@ from rapidfuzz.distance import Levenshtein
 from mllm.errors import UserError
 
 NOT_GRADED = "not_graded"
+DEFAULT_METRIC = "exact_match"  # of a row that names none
+SCORER_VERSION = "1"  # raise it with every change that can move a grade: recipes carry it
 
 _ARTICLES = frozenset({"a", "an", "the"})
 

@@ -1,4 +1,4 @@
-"""The report as one picture: scores per domain above, where each domain's tokens went below."""
+"""The report as one picture: scores per domain above, where the tokens of each domain and modality went below."""
 
 import re
 from collections.abc import Mapping
@@ -12,24 +12,28 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 # Okabe and Ito's colours, told apart by colour-blind readers too, after a grey for the first arm: the one to beat.
-_COLOURS = ("#8d99a6", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+COLOURS = ("#8d99a6", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _INK, _FAINT = "#22303c", "#dde2e7"
 _TEXT = {"fontsize": 9, "color": _INK}
 _TITLE = {"fontsize": 11, "color": _INK, "fontweight": "bold", "loc": "left"}
 _MOST_NUMBERED_CELLS = 120
+_MOST_EXPERT_LABELS = 8
+_PANELS_A_ROW = 5
+_Shares = Mapping[str, Mapping[str, list[float]]]  # panel -> layer -> share of picks for each expert
 
 
 def draw_report(report: dict, path: str | Path) -> None:
     """Writes a PNG: a bar with its 95 % interval per domain and arm, in it a hollow bar for the blanked picture, and a
-    dashed line for the blind baseline; below, per routed arm and domain, the share of tokens by layer and expert.
+    dashed line for the blind baseline; below, per routed arm, the share of picks by layer and expert, all null
+    experts together in the last column, for the tokens of each domain, and of each modality.
     """
-    heat_maps = {name: routing["shares"] for name, routing in report["routing"].items()}
-    heights = [4.0, *(_heat_height(shares) for shares in heat_maps.values())]
+    panels = {name: _panels(routing) for name, routing in report["routing"].items()}
+    heights = [4.0, *(_heat_height(shares) for shares in panels.values())]
     figure = Figure(figsize=(9.5, sum(heights)), layout="constrained", facecolor="white")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _draw_scores(parts[0].subplots(), report["arms"])
-    for part, (name, shares) in zip(parts[1:], heat_maps.items(), strict=True):
-        _draw_heat_maps(part, name, shares)
+    for part, (name, shares) in zip(parts[1:], panels.items(), strict=True):
+        _draw_heat_maps(part, name, shares, report["routing"][name]["experts"])
     figure.savefig(path, dpi=160)
 
 
@@ -39,7 +43,7 @@ def _draw_scores(axes: Axes, arms: Mapping[str, dict]) -> None:
     width = min(0.8 / len(arms), 0.3)
     for number, (name, figures) in enumerate(columns.items()):
         centres = np.arange(len(figures)) + (number - (len(arms) - 1) / 2) * width
-        _draw_arm(axes, centres, 0.9 * width, figures, name, _COLOURS[number % len(_COLOURS)])
+        _draw_arm(axes, centres, 0.9 * width, figures, name, COLOURS[number % len(COLOURS)])
     for place, figures in enumerate([*any_arm["domains"].values(), any_arm["mean"]]):
         if figures["blind"] is not None:
             axes.hlines(
@@ -80,7 +84,7 @@ def _draw_arm(axes: Axes, centres: np.ndarray, width: float, figures: list[dict]
 
 def _legend(arms: Mapping[str, dict]) -> list[Patch | Line2D]:
     handles: list[Patch | Line2D] = [
-        Patch(color=_COLOURS[number % len(_COLOURS)], label=name) for number, name in enumerate(arms)
+        Patch(color=COLOURS[number % len(COLOURS)], label=name) for number, name in enumerate(arms)
     ]
     if any(arm["mean"]["blanked"] is not None for arm in arms.values()):
         handles.append(Patch(facecolor="white", edgecolor=_INK, label="picture blanked"))
@@ -89,40 +93,65 @@ def _legend(arms: Mapping[str, dict]) -> list[Patch | Line2D]:
     return handles
 
 
-def _heat_height(shares: Mapping[str, Mapping[str, list[float]]]) -> float:
+def _panels(routing: dict) -> _Shares:
+    """A panel a domain; and one a modality, unless all tokens are of one and it would repeat the domains."""
+    modalities = routing["modality_shares"]
+    of_modality = {f"{name} tokens": shares for name, shares in modalities.items()} if len(modalities) > 1 else {}
+    return routing["shares"] | of_modality
+
+
+def _rows(panels: _Shares) -> int:
+    return -(-len(panels) // _PANELS_A_ROW)
+
+
+def _heat_height(panels: _Shares) -> float:
     """Inches."""
-    layers = max(len(by_layer) for by_layer in shares.values())
-    return min(1.1 + 0.26 * layers, 10.0)
+    layers = max(len(by_layer) for by_layer in panels.values())
+    return 0.3 + _rows(panels) * min(0.8 + 0.26 * layers, 10.0)
 
 
-def _draw_heat_maps(figure: SubFigure, arm: str, shares: Mapping[str, Mapping[str, list[float]]]) -> None:
-    figure.suptitle(f"Share of tokens per expert, {arm}", x=0.01, ha="left", fontsize=11, color=_INK, fontweight="bold")
-    panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
-    most = max(share for by_layer in shares.values() for row in by_layer.values() for share in row)
-    for axes, (domain, by_layer) in zip(panels, shares.items(), strict=True):
-        drawn = _draw_heat_map(axes, domain, by_layer, most)
-    panels[0].set_ylabel("layer", **_TEXT)
+def _draw_heat_maps(figure: SubFigure, arm: str, panels: _Shares, experts: list[str]) -> None:
+    title = f"Share of picks per expert, {arm}" + (" (null: grey, black is 100 %)" if "null" in experts else "")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK, fontweight="bold")
+    grid = figure.subplots(_rows(panels), min(len(panels), _PANELS_A_ROW), sharey=True, squeeze=False)
+    tables = {name: np.array(list(by_layer.values())) for name, by_layer in panels.items()}
+    is_real = np.array([expert != "null" for expert in experts])
+    most = max(table[:, is_real].max() for table in tables.values()) or 1.0
+    for axes, (name, table) in zip(grid.flat, tables.items(), strict=False):
+        axes.set_title(name, **_TEXT)
+        drawn = _draw_heat_map(axes, table, is_real, most)
+        _label_heat_map(axes, list(panels[name]), experts)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer", **_TEXT)
     bar = figure.colorbar(
-        drawn, ax=list(panels), fraction=0.03, pad=0.02, format=lambda share, _: f"{100 * share:.0f} %"
+        drawn, ax=list(grid.flat), fraction=0.03, pad=0.02, format=lambda share, _: f"{100 * share:.0f} %"
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
 
 
-def _draw_heat_map(axes: Axes, domain: str, by_layer: Mapping[str, list[float]], most: float) -> AxesImage:
-    table = np.array(list(by_layer.values()))
-    drawn = axes.imshow(table, cmap="Blues", vmin=0, vmax=most, aspect="auto")
-    axes.set_title(domain, **_TEXT)
-    axes.set_xticks(range(table.shape[1]), range(table.shape[1]), **_TEXT)
-    axes.set_yticks(range(table.shape[0]), [_layer_label(layer) for layer in by_layer], **_TEXT)
+def _draw_heat_map(axes: Axes, table: np.ndarray, is_real: np.ndarray, most: float) -> AxesImage:
+    """Null picks, often most of all, have a colour and a scale of their own: else nothing is seen of the experts."""
+    drawn = axes.imshow(np.where(is_real, table, np.nan), cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    axes.imshow(np.where(is_real, np.nan, table), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    if table.size <= _MOST_NUMBERED_CELLS:
+        for (row, column), share in np.ndenumerate(table):
+            colour = "white" if share > (0.6 * most if is_real[column] else 0.45) else _INK
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    return drawn
+
+
+def _label_heat_map(axes: Axes, layers: list[str], experts: list[str]) -> None:
+    step = -(-len(experts) // _MOST_EXPERT_LABELS)
+    has_null = experts[-1] == "null"
+    labelled = [*range(0, len(experts) - step * has_null, step), *([len(experts) - 1] if has_null else [])]
+    axes.set_xticks(labelled, [experts[number] for number in labelled], **_TEXT)
+    axes.set_yticks(range(len(layers)), [_layer_label(layer) for layer in layers], **_TEXT)
     axes.set_xlabel("expert", **_TEXT)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if table.size <= _MOST_NUMBERED_CELLS:
-        for (row, column), share in np.ndenumerate(table):
-            colour = "white" if share > 0.6 * most else _INK
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    return drawn
 
 
 def _layer_label(layer: str) -> str:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from mllm.build import load, write_base_card
-from mllm.cli import app, parse_arm, parse_arms
+from mllm.cli import app, parse_arm, parse_arms, parse_files, parse_peers
 from mllm.errors import UserError
 from tests.tiny import tiny_image, write_tiny_llava
 from train.launch import main as launch
@@ -210,3 +210,115 @@ def test_no_such_checkpoint_is_said_in_words(data, tmp_path, capfd):
     assert "nowhere" in printed
     assert launch(train_arguments(tmp_path / "nowhere", data, tmp_path)) == 2
     assert "nowhere" in capfd.readouterr().err
+
+
+def test_routing_lists_every_choice_with_a_line_on_it():
+    status, printed = run("routing")
+    assert status == 0, printed
+    for name in ("router", "gate", "balance", "null_logits", "frozen_random", "straight_through", "global_batch"):
+        assert name in printed
+    assert "A pick weighs its probability." in printed
+
+
+# -- answers that are there already ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answered(base, adapter, data, tmp_path) -> Path:
+    """The answers folder of an evaluation of two arms."""
+    arms = ("--arm", "base", "--arm", f"lora={adapter}")
+    run("eval", "--model", base, *arms, "--questions", data, "--out", tmp_path / "r", "--max-new-tokens", 2)
+    return tmp_path / "r" / "answers"
+
+
+@pytest.mark.parametrize("with_questions", [True, False])
+def test_score_gives_the_figures_of_eval_without_a_model(with_questions, answered, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm.evaluate.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    options = ("--questions", data) if with_questions else ()
+    files = [answered / "base.jsonl", answered / "lora.jsonl"]
+    status, printed = run("score", *files, *options, "--out", tmp_path / "again")
+    assert status == 0, printed
+    before, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("r", "again"))
+    assert again["arms"] == before["arms"]  # blanked scores and recipe too
+    assert again["recipes"] == before["recipes"]
+    assert again["differences"] == before["differences"]
+
+
+def test_score_grades_llavas_own_answer_files_and_prints_without_out(data, tmp_path):
+    replies = {row["id"]: "red" for row in json.loads(data.read_text())}
+    lines = [json.dumps({"question_id": name, "text": text}) for name, text in replies.items()]
+    (tmp_path / "theirs.jsonl").write_text("\n".join(lines))
+    status, printed = run("score", tmp_path / "theirs.jsonl", "--questions", data)
+    assert status == 0, printed
+    assert "33.3" in printed
+    assert "template unknown" in printed
+
+
+def test_score_of_a_limited_evaluation_takes_the_same_limit(base, data, tmp_path):
+    run("eval", "--model", base, "--questions", data, "--out", tmp_path / "r", "--limit", 1, "--max-new-tokens", 1)
+    answers = tmp_path / "r" / "answers" / "base.jsonl"
+    assert run("score", answers, "--questions", data)[0] == 2
+    assert run("score", answers, "--questions", data, "--limit", 1)[0] == 0
+
+
+def test_compare_tests_two_answer_files_domain_by_domain(answered, tmp_path):
+    files = (answered / "base.jsonl", f"tuned={answered / 'lora.jsonl'}")
+    status, printed = run("compare", *files, "--out", tmp_path / "versus")
+    assert status == 0, printed
+    assert "tuned against base" in printed
+    assert "McNemar" in printed
+    comparison = json.loads((tmp_path / "versus" / "compare.json").read_text())
+    assert comparison["names"] == ["base", "tuned"]
+    assert set(comparison["domains"]) == {"general", "document"}
+
+
+def test_compare_of_other_questions_is_refused_in_words(answered, tmp_path):
+    lines = (answered / "lora.jsonl").read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(lines[1:]))
+    status, printed = run("compare", answered / "base.jsonl", tmp_path / "fewer.jsonl")
+    assert status == 2
+    assert "5 graded answers" in printed
+
+
+def test_an_answers_file_may_have_a_name_and_two_of_one_name_are_refused(tmp_path):
+    assert parse_files(["a=x/mole.jsonl", "y/mole.jsonl"]) == {"a": Path("x/mole.jsonl"), "mole": Path("y/mole.jsonl")}
+    (tmp_path / "lr=1.jsonl").touch()
+    assert parse_files([str(tmp_path / "lr=1.jsonl")]) == {"lr=1": tmp_path / "lr=1.jsonl"}
+    with pytest.raises(UserError, match=r"already; say NAME=y/mole\.jsonl"):
+        parse_files(["x/mole.jsonl", "y/mole.jsonl"])
+
+
+def test_a_peer_is_a_name_a_model_and_perhaps_an_adapter():
+    assert parse_peers(["qwen=Qwen/Qwen2-VL", "t=a,b"]) == {"qwen": ("Qwen/Qwen2-VL", None), "t": ("a", "b")}
+    for wrong in (["Qwen/Qwen2-VL"], ["qwen="], ["a=x", "a=y"]):
+        with pytest.raises(UserError, match="NAME=MODEL"):
+            parse_peers(wrong)
+
+
+def test_a_peer_named_like_an_arm_is_refused(base, data, tmp_path):
+    status, printed = run("eval", "--model", base, "--peer", "base=x", "--questions", data, "--out", tmp_path / "out")
+    assert status == 2
+    assert "same name" in printed
+
+
+def test_ranks_start_torchrun_with_the_very_command_line(data, tmp_path, monkeypatch):
+    class Started(SystemExit):
+        """What would have replaced this process."""
+
+    def start(_, words):
+        raise Started(words)
+
+    line = ["eval", "--questions", str(data), "--out", str(tmp_path / "out"), "--ranks", "2"]
+    monkeypatch.setattr("mllm.cli.os.execv", start)
+    monkeypatch.setattr("sys.argv", ["mllm", *line])
+    words = CliRunner().invoke(app, line).exception.code
+    assert words[1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mllm.cli",
+        *line,
+    ]

@@ -1,13 +1,15 @@
 """Replies beside what was asked, and the files they are kept in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mllm.data.conversation import Conversation, Turn
 from mllm.errors import UserError
-from mllm.evaluation.answers import check_gradable, collect_answers, write_answers
+from mllm.evaluation.answers import check_gradable, collect_answers, read_answers, read_recipe, write_answers
+from mllm.evaluation.recipe import Recipe
 
 ROW = Conversation(
     id="7",
@@ -80,3 +82,76 @@ def test_the_answers_file_has_the_keys_of_llavas(tmp_path):
     assert second["text"] == "ein Kätzchen\nim Gras"
     assert second["metadata"]["score"] is None
     assert first["answer_id"] != second["answer_id"]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_what_was_written_is_read_back_with_its_labels(tmp_path):
+    answers = collect_answers([ROW, with_metric("not_graded")], ["blac", "a line\u2028break\nor two"])
+    write_answers(tmp_path / "a.jsonl", answers, model_id="base")
+    read = read_answers(tmp_path / "a.jsonl")
+    assert [replace(row, where="") for row in read] == [replace(row, where="") for row in answers]
+
+
+def test_the_recipe_lies_beside_the_answers_and_its_id_in_every_line(tmp_path):
+    recipe = Recipe.of([ROW], split="test", template="t", decoding="greedy")
+    write_answers(tmp_path / "a.jsonl", collect_answers([ROW], ["black"]), model_id="base", recipe=recipe)
+    assert read_recipe(tmp_path / "a.jsonl") == recipe
+    assert json.loads((tmp_path / "a.jsonl").read_text())["metadata"]["recipe"] == recipe.id
+    assert read_recipe(tmp_path / "other.jsonl") is None
+
+
+def test_a_failed_write_leaves_the_answers_that_were_there(tmp_path, monkeypatch):
+    path = lines(tmp_path / "a.jsonl", {"question_id": "7", "text": "old"})
+    monkeypatch.setattr("mllm.evaluation.answers.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_answers(path, collect_answers([ROW], ["new"]), model_id="base")
+    assert "old" in path.read_text()
+
+
+def test_llavas_own_answers_are_put_beside_their_questions_in_the_questions_order(tmp_path):
+    questions = [replace(ROW, id=name, answers=(name,)) for name in ("1", "2")]
+    path = lines(tmp_path / "a.jsonl", {"question_id": 2, "text": "two"}, {"question_id": 1, "text": "one"})
+    read = read_answers(path, questions)
+    assert [(row.id, row.prediction, row.answers) for row in read] == [("1", "one", ("1",)), ("2", "two", ("2",))]
+
+
+def test_rows_of_the_same_id_are_told_apart_by_source_and_by_words(tmp_path):
+    other_source, other_words = replace(ROW, source="flickr"), replace(ROW, turns=(Turn("user", "How many?"),))
+    path = tmp_path / "a.jsonl"
+    write_answers(path, collect_answers([ROW, other_source, other_words], ["a", "b", "c"]), model_id="base")
+    read = read_answers(path, [other_words, other_source, ROW])
+    assert [row.prediction for row in read] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"question_id": "8", "text": "black"}], "no answers to rows.json: row 3"),
+        ([{"question_id": "7", "text": "a"}, {"question_id": "7", "text": "b"}], "no answers to rows.json: row 3"),
+        ([{"question_id": "7", "text": "a", "prompt": "Which colour?"}] * 2, "2 answers to rows.json: row 3"),
+        ([{"question_id": "7"}], "line 1 is no answer"),
+    ],
+)
+def test_a_question_without_exactly_one_answer_is_named(records, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_answers(lines(tmp_path / "a.jsonl", *records), [ROW])
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {"question_id": "7", "text": "a"})
+    path.write_text(path.read_text() + '{"question_id"\n')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        read_answers(path)
+
+
+def test_answers_without_labels_ask_for_their_questions(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {"question_id": "7", "text": "a"})
+    with pytest.raises(UserError, match=r"line 1: no `source` in its metadata.*mllm score"):
+        read_answers(path)

@@ -9,8 +9,11 @@ from rich.console import Console
 
 from mllm.data.conversation import Conversation, Turn
 from mllm.errors import UserError
+from mllm.evaluation import picture
 from mllm.evaluation.answers import Answer
-from mllm.evaluation.report import build_report, draw_report, print_report, write_report
+from mllm.evaluation.picture import draw_report
+from mllm.evaluation.report import build_report, write_report
+from mllm.evaluation.tables import print_report
 
 # source -> (domain, questions)
 SOURCES = {"coco": ("general", 8), "nlvr": ("general", 2), "forms": ("document", 4)}
@@ -43,10 +46,26 @@ def replies(right, metric="exact_match"):
 
 
 def routing():
+    """Two layers, two real experts, null experts: what RoutingStats.to_json() gives, as far as reports read it."""
+    by_layer = {"layers.0.mlp": [0.6, 0.2, 0.2], "layers.1.mlp": [0.2, 0.4, 0.4]}
+    figures = {"load": 0.7, "null_share": 0.3, "entropy": 0.51}
+    told = {
+        "mi_domain": 0.25,
+        "mi_domain_ratio": 0.4,
+        "mi_modality": 0.01,
+        "mi_modality_ratio": 0.02,
+        "dead_experts": 3.0,
+    }
     return {
-        "shares": {
-            domain: {"layers.0.mlp": [0.75, 0.25], "layers.1.mlp": [0.25, 0.75]} for domain in ("document", "general")
-        }
+        "layers": list(by_layer),
+        "experts": ["0", "1", "null"],
+        "shares": dict.fromkeys(("document", "general"), by_layer),
+        "modality_shares": {"text": by_layer, "image": by_layer},
+        "summary": {f"routing/{name}": value for name, value in told.items()},
+        "figures": {
+            "domain": {"document": figures, "general": figures},
+            "modality": {"text": figures, "image": figures | {"null_share": 0.9}},
+        },
     }
 
 
@@ -195,17 +214,49 @@ def test_a_domain_name_with_brackets_is_text_and_no_markup(arms):
     assert "[red]x[/red]" in printed(build_report({"base": {"answers": rows}}, []), 120)
 
 
-def test_the_share_of_tokens_per_expert_and_domain_is_printed(report):
-    table = printed(report, 120).partition("Share of tokens per expert, mole")[2]
-    general = next(line for line in table.splitlines() if line.strip().startswith("general"))
-    assert general.split() == ["general", "50.0", "50.0"]
+def routing_lines(report):
+    """First word -> words of the lines of the routing table."""
+    table = printed(report, 120).partition("Routing, mole")[2]
+    return {words[0]: words for words in map(str.split, table.splitlines()) if words}
+
+
+def test_load_null_picks_entropy_and_shares_are_printed_by_domain_and_modality(report):
+    lines = routing_lines(report)
+    assert lines["general"] == ["general", "0.70", "30.0", "0.51", "40.0", "30.0"]
+    assert lines["image"][:3] == ["image", "0.70", "90.0"]
+
+
+def test_without_null_experts_there_is_no_column_for_them(arms):
+    mole = routing()
+    for shares in (mole["shares"], mole["modality_shares"]):
+        shares |= {name: {"layers.0.mlp": [0.75, 0.25]} for name in shares}
+    arm = arms["mole"] | {"routing": mole | {"experts": ["0", "1"]}}
+    report = build_report({"mole": arm}, [])
+    assert "null picks" not in printed(report, 120).partition("Per cent")[0]
+    assert routing_lines(report)["general"] == ["general", "0.70", "0.51", "75.0", "25.0"]
+
+
+def test_experts_too_many_for_a_table_are_left_to_the_picture(arms):
+    many = {"layers.0.mlp": [1 / 64] * 64}
+    mole = routing() | {"experts": [str(expert) for expert in range(64)]}
+    mole["shares"], mole["modality_shares"] = {"general": many}, {"text": many}
+    report = build_report({"mole": arms["mole"] | {"routing": mole}}, [])
+    assert routing_lines(report)["general"] == ["general", "0.70", "0.51"]
+
+
+def test_a_note_says_what_a_pick_tells_of_domain_and_modality(report):
+    (note,) = [note for note in report["notes"] if "nats" in note]
+    assert note == (
+        "mole: a pick tells 0.25 nats of its token's domain (40 % of all there is) and 0.01 nats of its token's "
+        "modality (2 % of all there is); 3 experts in 2 layers took no token."
+    )
 
 
 def test_the_folder_holds_report_picture_tables_and_answers(tmp_path, arms, report):
     write_report(report, arms, tmp_path / "out")
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     answers = {"answers/base.jsonl", "answers/mole.jsonl", "answers/mole.blanked.jsonl"}
-    assert files == {"report.json", "report.md", "report.png"} | answers
+    assert files == {"report.json", "report.md", "report.png", "report.html"} | answers
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert len((tmp_path / "out" / "answers" / "mole.jsonl").read_text().splitlines()) == 14
     assert "| general | 10 |" in (tmp_path / "out" / "report.md").read_text()
@@ -221,9 +272,28 @@ def test_a_failure_on_the_way_leaves_no_report_json(tmp_path, arms, report, monk
     assert not (tmp_path / "report.json").exists()
 
 
-def test_the_picture_grows_by_a_heat_map_where_tokens_were_routed(tmp_path, arms, report):
-    draw_report(report, tmp_path / "routed.png")
-    draw_report(report | {"routing": {}}, tmp_path / "dense.png")
-    routed, dense = (Image.open(tmp_path / name) for name in ("routed.png", "dense.png"))
-    assert routed.width == dense.width
-    assert routed.height > dense.height
+def size_of_picture(report, path):
+    draw_report(report, path)
+    return Image.open(path).size
+
+
+def test_the_picture_grows_by_heat_maps_where_tokens_were_routed(tmp_path, report):
+    routed = size_of_picture(report, tmp_path / "routed.png")
+    dense = size_of_picture(report | {"routing": {}}, tmp_path / "dense.png")
+    assert routed[0] == dense[0]
+    assert routed[1] > dense[1]
+
+
+def test_panels_are_the_domains_and_then_the_modalities(report):
+    assert list(picture._panels(routing())) == ["document", "general", "text tokens", "image tokens"]
+    text_only = routing() | {"modality_shares": {"text": routing()["modality_shares"]["text"]}}
+    assert list(picture._panels(text_only)) == ["document", "general"]
+
+
+def test_more_than_five_panels_take_a_second_row(tmp_path, report):
+    def height(num_domains):
+        shares = dict.fromkeys(map(str, range(num_domains)), routing()["shares"]["general"])
+        routed = {"mole": routing() | {"shares": shares}}
+        return size_of_picture(report | {"routing": routed}, tmp_path / f"{num_domains}.png")[1]
+
+    assert height(2) == height(3) < height(4)
