@@ -377,6 +377,8 @@ def balance_loss(
             "'averaged' or 'each'."
         )
     router = next(iter(routers.values()))
+    if real_share is not None and not (router.config.num_null_experts > 0 and 0 < real_share < 1):
+        raise UserError(f"real_share={real_share} must lie between 0 and 1 and needs null experts; leave it None.")
     context = router.routing_context
     if not context.routings:
         raise UserError(

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from mllm.evaluate import evaluate_arms
 
 ARMS = ("lora", "mole")
-SCENES = {"train": 4000, "val": 0, "test": 250}  # a domain; a row of four turns each, for test two questions
+SCENES = {"train": 4000, "val": 0, "test": 250}  # a domain; a row of up to four turns each, for test two questions
 TRAIN_TURNS = 4
 QUICK_SCENES = {"train": 160, "val": 0, "test": 20}
 DATA_SEED = 1  # scenes of seed 0 were looked at while the embedded base was made, so they are not held out

@@ -46,7 +46,8 @@ class PartRates(Section):
 
     projector: float | None = Field(None, gt=0)
     attention: float | None = Field(None, gt=0)
-    experts: float | None = Field(None, gt=0)  # LoRA experts; in a plain LoRA run the low-rank weights of the MLPs
+    # LoRA experts of the MLPs (those in attention count as attention); in a plain LoRA run the MLPs' low-rank weights
+    experts: float | None = Field(None, gt=0)
     router: float | None = Field(None, gt=0)
 
 

@@ -86,7 +86,8 @@ class RunRouting(TrainerCallback):
         norms = self.gradients.drain(self.batches, self.device)
         if norms:
             entry["routing/router_grad_norm"] = sum(norms.values()) / len(norms)
-        warnings = self.watch.observe(step, self.last, norms or None)
+        # a router that does not learn is as skewed as it was made to be
+        warnings = self.watch.observe(step, self.last, norms) if norms else []
         if warnings:
             entry["warnings"] = warnings
         self._clear()

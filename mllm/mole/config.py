@@ -63,7 +63,8 @@ class MoleConfig(PeftConfig):
         router_temperature: the logits are divided by it.
         router_jitter: in training the router's input is multiplied by a value in [1 - jitter, 1 + jitter].
         oracle_domains: domains in the order of experts, for router="oracle_domain".
-        balance: what is kept even: "global_batch" (counts over all ranks and the whole optimizer step), "layer" (this
+        balance: what is kept even by `routing_loss(model)`, which the loop adds to the task's loss (`mllm train`
+            does; so must your own): "global_batch" (counts over all ranks and the whole optimizer step), "layer" (this
             rank's micro-batch), "sample" (as LLaVA-MoLE released it), "bias" (no loss: a bias on the choice, moved
             after each step, 2408.15664), "none". See `mllm.routing.losses`.
         balance_loss_weight: weight of the loss at the start of training.
@@ -206,12 +207,30 @@ class MoleConfig(PeftConfig):
             f"router={self.router!r} decides by rule and has no router_temperature": self.is_fixed
             and self.router_temperature != 1,
             f"router={self.router!r} does not learn, so z_loss_weight must be 0": not learns and self.z_loss_weight > 0,
+            'real_share is an aim of balance, so balance must not be "none" or weigh nothing': self.real_share
+            is not None
+            and self.balance != "bias"
+            and (self.balance == "none" or not (self.balance_loss_weight or self.balance_final_weight)),
+            f"real_share={self.real_share} cannot be met: top_k={self.top_k} picks of so many experts and null experts "
+            "are always more, or less, often real": not self._can_meet_real_share(),
+            f"balance_schedule={self.balance_schedule!r} needs a balance loss, not balance={self.balance!r}": (
+                self.balance_schedule != "constant" and self.balance not in BALANCE_LOSSES
+            ),
             "balance_final_weight and balance_schedule come together": (self.balance_final_weight is None)
             != (self.balance_schedule == "constant"),
         }
         for reason, applies in refused.items():
             if applies:
                 raise UserError(f"MoleConfig: {reason}.")
+
+    def _can_meet_real_share(self) -> bool:
+        """Whether a token has enough real and enough null experts to choose for a share of real_share."""
+        if self.real_share is None:
+            return True
+        real_P = self.layout.allowed_PX[:, : self.num_experts].sum(1)
+        null_P = self.layout.allowed_PX[:, self.num_experts :].sum(1)
+        real_due, null_due = self.real_share * self.top_k, (1 - self.real_share) * self.top_k
+        return bool((real_due <= real_P).all() and (null_due <= null_P).all())
 
     @property
     def is_fixed(self) -> bool:

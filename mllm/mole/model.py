@@ -163,6 +163,7 @@ class BiasBalance:
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in _routed(model) if module.config.balance == "bias"]
         self.window = BalanceWindow()
+        self.layers: list[str] = []  # in running order, which need not be that of the modules
 
     @torch.no_grad()
     def count(self) -> None:
@@ -170,7 +171,7 @@ class BiasBalance:
         if not self.modules or not self.modules[0].routing_context.routings:
             return
         config, context = self.modules[0].config, self.modules[0].routing_context
-        populations = len(config.target.share_PX)
+        self.layers, populations = context.layers, len(config.target.share_PX)
         counts_LPX = pool(context.stack("picks_TX"), _population(config, context), populations, ~context.is_pad_T)
         self.window.add(over_ranks(counts_LPX, ~context.is_pad_T)[0])
 
@@ -179,7 +180,8 @@ class BiasBalance:
         """Move every router's bias towards its target and begin a new step."""
         if self.window.counts_LPX is None:
             return
-        for module, counts_PX in zip(self.modules, self.window.counts_LPX, strict=True):
+        for module in self.modules:
+            counts_PX = self.window.counts_LPX[self.layers.index(module.layer)]
             (router,) = module.mole_router.values()
             config = module.config
             bias = moved_selection_bias(router.selection_bias, counts_PX, config.target, config.bias_update_rate)

@@ -31,6 +31,8 @@ class RoutingContext:
       routings    layer name -> Routing, in the order the layers ran
 
     Recording is on only while the model's forward runs, so activation checkpointing does not record twice.
+    With it a forward's tokens are looked up again in backward, so call backward before the next forward: recomputed
+    after another one, routers that go by the token (groups, a modality prior, oracles, hashes) would take its tokens.
     """
 
     def __init__(self, image_token_id: int | None = None) -> None:

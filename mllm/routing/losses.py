@@ -116,7 +116,8 @@ def balance_loss_global_batch(
 
     f is all-reduced; it carries no gradient, so a plain all_reduce is enough. P is this rank's sum over the token count
     of all ranks, times the number of ranks: averaged over ranks, as data parallelism averages gradients, value and
-    gradient equal those of the joined batch also when ranks hold different numbers of tokens. Without
+    gradient equal those of the joined batch also when ranks hold different numbers of tokens. Over a window P stays the
+    micro-batch's own, so micro-batches count alike whatever their length. Without
     torch.distributed and window it is `balance_loss_layer`. All ranks must call it together. `sample_T` is not used.
     """
     num_populations = len(target.share_PX)

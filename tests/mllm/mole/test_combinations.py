@@ -95,11 +95,13 @@ def configs(draw):
     if nulls:
         made["null_logits"] = draw(st.sampled_from(["own", "shared"]))
         made["null_balance"] = draw(st.sampled_from(["averaged", "each"]))
-        made["real_share"] = draw(st.sampled_from([None, 0.3]))
     if groups and not made["shared_a"] and draw(st.booleans()):
         made["r"] = dict(zip(groups, (1, 3, 2), strict=False))
     fewest = int(MoleConfig(**(made | {"top_k": 1})).layout.allowed_PX.sum(1).min())
     made["top_k"] = draw(st.integers(1, min(fewest, 3)))
+    fewest_nulls = min(nulls.values()) if isinstance(nulls, dict) else nulls
+    if made["balance"] != "none" and 0.7 * made["top_k"] <= fewest_nulls:
+        made["real_share"] = draw(st.sampled_from([None, 0.3]))
     renormalize = [None, False] if made["top_k"] == 1 and made["gate"] == "softmax" else [None, False, True]
     return made | {"renormalize": draw(st.sampled_from(renormalize))}
 

@@ -109,3 +109,20 @@ def test_a_saved_config_describes_the_same_experts_in_the_same_order(tmp_path):
     assert loaded.layout.group_of_expert == config.layout.group_of_expert
     assert loaded.layout.null_sets == config.layout.null_sets
     assert list(loaded.layout.nulls) == list(config.layout.nulls)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_null_experts": 4, "real_share": 0.5, "balance": "none"}, "real_share is an aim of balance"),
+        ({"num_null_experts": 4, "real_share": 0.5, "balance_loss_weight": 0.0}, "real_share is an aim of balance"),
+        ({"num_null_experts": 1, "top_k": 4, "real_share": 0.5}, "cannot be met"),
+        (
+            {"balance": "bias", "balance_schedule": "linear", "balance_final_weight": 0.1},
+            "needs a balance loss",
+        ),
+    ],
+)
+def test_what_would_do_nothing_or_cannot_be_met_is_refused(fields, reason):
+    with pytest.raises(UserError, match=reason):
+        MoleConfig(**fields)

@@ -51,7 +51,7 @@ def problems(draw, dtype=torch.float32):
 def losses(drawn, path):
     logits_TX, routing, ranks, scaling_E, tensors = drawn
     outputs = [weighted(routing, ranks, scaling_E, p, tensors) for p in (path, "slow")]
-    cotangent = torch.randn(outputs[0].shape)
+    cotangent = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1))
     return outputs, [(output.float() * cotangent).sum() for output in outputs], [logits_TX, *tensors]
 
 
@@ -71,7 +71,8 @@ def test_fast_experts_stay_near_the_slow_loop_in_bf16_with_all_gradients(path, d
     outputs, scalars, inputs = losses(drawn, path)
     pairs = zip(*([output, *gradients_of(s, inputs)] for output, s in zip(outputs, scalars, strict=True)), strict=True)
     for left, right in pairs:
-        assert (left - right).float().norm() <= 0.03 * right.float().norm() + 1e-3  # bf16 keeps 8 bits
+        # bf16 keeps 8 bits; a logit's gradient is a difference of products of the cotangent's size, which may cancel
+        assert (left - right).float().norm() <= 0.03 * right.float().norm() + 2**-8 * outputs[0].numel() ** 0.5
 
 
 @pytest.mark.parametrize("path", PATHS)
