@@ -95,11 +95,9 @@ def needed_flops(shape: ExpertShape, routing: Routing) -> int:
 
 
 def masked_flops(shape: ExpertShape, tokens: int) -> int:
-    """All ranks for all tokens, and the spreading of weights over ranks: `mllm.mole.experts.masked_experts`."""
-    return (
-        linear_flops(tokens, shape.in_features, shape.rows_of_a)
-        + linear_flops(tokens, sum(shape.ranks), shape.out_features)
-        + linear_flops(tokens, len(shape.ranks), sum(shape.ranks))
+    """All ranks for all tokens: what `mllm.mole.experts.masked_experts` computes."""
+    return linear_flops(tokens, shape.in_features, shape.rows_of_a) + linear_flops(
+        tokens, sum(shape.ranks), shape.out_features
     )
 
 

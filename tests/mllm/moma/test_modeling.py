@@ -401,7 +401,7 @@ def test_transformers_trainer_trains_it_as_it_is(fields, tmp_path):
 
 def test_the_expert_function_is_the_one_that_was_asked_for():
     model = tiny_moma()
-    assert model.config._experts_implementation == "grouped_mm"
+    model.set_experts_implementation("grouped_mm")
     before = scores(model, IDS)
     model.set_experts_implementation("eager")
     assert isinstance(model.model.layers[0].ffn.experts, MomaExperts)
