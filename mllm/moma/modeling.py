@@ -235,6 +235,8 @@ class MomaPreTrainedModel(LlamaPreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar = ["router", "depth_router"]
     _can_record_outputs: ClassVar = {"hidden_states": MomaDecoderLayer, "attentions": LlamaAttention}
     _can_compile_fullgraph = False  # picks differ in number from batch to batch
+    # What transformers finds out by reading a class's file it keeps on the class, where we would inherit Llama's "no".
+    _can_set_experts_implementation_cached_value = True
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

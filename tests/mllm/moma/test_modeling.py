@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaPreTrainedModel
 
 from mllm.errors import UserError
 from mllm.moma import MomaForCausalLM
@@ -400,8 +401,10 @@ def test_transformers_trainer_trains_it_as_it_is(fields, tmp_path):
 
 
 def test_the_expert_function_is_the_one_that_was_asked_for():
+    LlamaForCausalLM._can_set_experts_implementation()  # what Llama's answer is must not matter
+    LlamaPreTrainedModel._can_set_experts_implementation()
     model = tiny_moma()
-    model.set_experts_implementation("grouped_mm")
+    assert model.config._experts_implementation == "grouped_mm"
     before = scores(model, IDS)
     model.set_experts_implementation("eager")
     assert isinstance(model.model.layers[0].ffn.experts, MomaExperts)
