@@ -23,10 +23,7 @@ def main(
     test: Annotated[int, typer.Option(help="Test scenes a domain.")] = SHORT["test"],
     questions: Annotated[int, typer.Option(help="Questions a scene, a row each.")] = 2,
     train_turns: Annotated[
-        int,
-        typer.Option(
-            help="Up to so many questions a training scene, as turns of one row, like LLaVA's own data; 0: a row each."
-        ),
+        int, typer.Option(help="Questions a training scene, as turns of one row, like LLaVA's own data; 0: a row each.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures and questions.")] = 0,
     neutral: Annotated[bool, typer.Option(help="Neutral answers in all domains, as the base was taught.")] = False,
