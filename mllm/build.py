@@ -155,7 +155,7 @@ def load(
         UserError: there is no such checkpoint or adapter, it is not a LLaVA, weights are missing in it, or the adapter
             was trained on another base.
     """
-    source = _resolve(path)
+    source = resolve(path)
     config = _load_config(source, path)
     if config.model_type != "llava":
         raise UserError(
@@ -218,7 +218,7 @@ def write_base_card(
 
 def load_processor(path: str | Path) -> LlavaProcessor:
     """The processor of a checkpoint alone, without its model. Raises UserError as `load` does."""
-    source = _resolve(path)
+    source = resolve(path)
     return _load_processor(source, path, _load_config(source, path))
 
 
@@ -438,7 +438,7 @@ def _check_logits(model: LlavaForConditionalGeneration, language_model: PreTrain
 # ---- reading a checkpoint ------------------------------------------------------------------------------------------
 
 
-def _resolve(path: str | Path) -> str:
+def resolve(path: str | Path) -> str:
     """The folder or hub id behind a name."""
     if str(path) != MINIWORLD:
         return str(path)

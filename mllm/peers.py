@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mllm.build import resolve
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
 from mllm.data.images import open_image
 from mllm.errors import UserError
@@ -24,7 +25,7 @@ _MEAN_COLOUR = (0.5, 0.5, 0.5)  # where an image processor tells none
 def is_peer(path: str | Path) -> bool:
     """Whether a folder or hub id holds a vision-language model that transformers knows, other than a LLaVA."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(resolve(path), trust_remote_code=False)  # the hub is not asked for ours
     except (OSError, ValueError):
         return False  # mllm.build.load says in words what is wrong
     return config.model_type != "llava" and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

@@ -1,8 +1,11 @@
 """Other vision-language models in the same table: Qwen2-VL and Idefics3, tiny and random, asked in their own way."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
 
 from mllm.build import load
 from mllm.data.conversation import Conversation, Turn
@@ -115,3 +118,11 @@ def test_a_llava_is_not_a_peer_and_neither_is_nothing(folder, tmp_path):
     assert is_peer(folder)
     assert not is_peer(write_tiny_llava(tmp_path))
     assert not is_peer(tmp_path / "nowhere")
+
+
+def test_the_embedded_base_is_told_from_a_peer_without_asking_the_hub(monkeypatch):
+    asked = []
+    read = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **kw: asked.append(path) or read(path, **kw))
+    assert not is_peer("miniworld")
+    assert all(Path(path).is_dir() for path in asked)
