@@ -42,21 +42,30 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
             f"model.start_from: {start} holds neither adapter_config.json nor {PROJECTOR_FILE}. Give the"
             " adapter folder of an earlier run."
         )
-    find_checkpoint(config)
     mixture = load_mixture(config.data.mixture)
-    check_oracle(adapter, mixture)
+    name_domains(config, adapter, mixture)
+    find_checkpoint(config)
+    check_domains(adapter, mixture)
     if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
         check_pictures_exist(mixture)
     return mixture
 
 
-def check_oracle(adapter: PeftConfig | None, mixture: Mixture) -> None:
-    """Raises UserError if a router that goes by the domain has no expert for one of the mixture's."""
-    if isinstance(adapter, MoleConfig) and adapter.oracle_domains:
-        unknown = [domain for domain in mixture.domains if domain not in adapter.oracle_domains]
+def name_domains(config: TrainConfig, adapter: PeftConfig | None, mixture: Mixture) -> None:
+    """Fills in the domains that experts are meant for, where the router is to be taught them and they are several."""
+    if not isinstance(adapter, MoleConfig) or adapter.expert_domains or not adapter.learns:
+        return
+    if adapter.domain_loss_weight > 0 and len(mixture.domains) > 1:
+        config.model.adapter["expert_domains"] = list(mixture.domains)
+
+
+def check_domains(adapter: PeftConfig | None, mixture: Mixture) -> None:
+    """Raises UserError if no expert is meant for one of the mixture's domains."""
+    if isinstance(adapter, MoleConfig) and adapter.expert_domains:
+        unknown = [domain for domain in mixture.domains if domain not in adapter.expert_domains]
         if unknown:
             raise UserError(
-                f"model.adapter.oracle_domains are {', '.join(adapter.oracle_domains)}, but the mixture also holds"
+                f"model.adapter.expert_domains are {', '.join(adapter.expert_domains)}, but the mixture also holds"
                 f" {', '.join(unknown)}. Name every domain, in the order of experts."
             )
 

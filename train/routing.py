@@ -3,18 +3,52 @@
 Nothing here is counted twice under activation checkpointing: recomputation in backward is not recorded.
 """
 
+import os
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mllm.mole import BiasBalance, MoleLayer, routing_context, routing_loss
+from mllm.data.encoded import EncodedMixture
+from mllm.mole import BiasBalance, MoleConfig, MoleLayer, routing_context, routing_loss, start_routers
+from mllm.mole.start import start_rows
 from mllm.routing import BalanceWindow, RoutingStats
 from mllm.routing.watch import RoutingWatch
 from train.ranks import summed, world_size
+
+
+def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> float | None:
+    """Where routers read pictures and are taught domains: starts them as `start_routers` does, from the first rows.
+
+    Before the engine starts, since ZeRO copies and splits weights then; every rank computes the same. Returns the share
+    of those rows that the discriminant has right, None where nothing was done.
+    """
+    config = getattr(model, "peft_config", {}).get("default")
+    if not isinstance(config, MoleConfig) or not config.teaches_domains or config.router_reads == "token":
+        return None
+    domains = samples.mixture.domain_of_row
+    rows = start_rows(domains, map(int, order))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    base = model.get_base_model().to(device)
+    pictures_ND = torch.stack([mean_picture(base, samples[row]["pixel_values"].to(device)) for row in rows])
+    right = start_routers(model, pictures_ND, [domains[row] for row in rows])
+    if os.environ.get("RANK", "0") == "0":
+        print(f"routers start as the linear discriminant of {len(config.expert_domains)} domains, {right:.0%} of"
+              f" {len(rows)} rows right", flush=True)  # fmt: skip
+    return right
+
+
+@torch.no_grad()
+def mean_picture(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """[D] fp32 mean embedding of a row's pictures [N, 3, H, W]; zeros without one."""
+    if not len(pixel_values):
+        return torch.zeros(model.config.get_text_config().hidden_size, device=pixel_values.device)
+    embeds = model.get_image_features(pixel_values.to(model.dtype)).pooler_output
+    return torch.cat(list(embeds)).float().flatten(0, -2).mean(0)
 
 
 class RunRouting(TrainerCallback):

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm.data.conversation import Conversation
 from mllm.data.template import IGNORED, ConversationEncoder
-from mllm.mole import BiasBalance, routing_context, routing_loss
+from mllm.mole import BiasBalance, MoleConfig, routing_context, routing_loss, start_routers
+from mllm.mole.start import start_rows
 from mllm.routing import BalanceWindow
 from train.config import OptimSection
 from train.parts import parameter_groups
@@ -58,6 +59,12 @@ class CachedSet:
                 "image": BaseModelOutputWithPooling(pooler_output=list(self.image_embeds[shown]))
             }
         return padded, labels, [self.domains[row] for row in rows]
+
+    def pictures_ND(self, rows: Sequence[int]) -> Tensor:
+        """[N, D] fp32: of each row the mean embedding of its pictures, zeros without one."""
+        nothing_PD = torch.zeros_like(self.image_embeds[:1])
+        shown = (self.image_embeds[self.pictures[row]] if self.pictures[row] else nothing_PD for row in rows)
+        return torch.stack([embeds.float().flatten(0, 1).mean(0) for embeds in shown])
 
     def rows_of(self, domains: Sequence[str]) -> list[int]:
         """Row numbers of these domains."""
@@ -119,6 +126,9 @@ def train_trial(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if isinstance(adapter, MoleConfig) and adapter.teaches_domains:
+        first = start_rows(data.domains, range(len(data)) if rows is None else rows)
+        start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
     return learn(model, data, schedule, rows=rows, on_step=on_step)
 
 

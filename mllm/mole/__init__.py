@@ -5,6 +5,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from mllm.mole.config import PEFT_TYPE, MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.model import BiasBalance, MoleModel, routing_context, routing_loss
+from mllm.mole.start import start_routers
 
 __all__ = [
     "BiasBalance",
@@ -15,6 +16,7 @@ __all__ = [
     "MoleModel",
     "routing_context",
     "routing_loss",
+    "start_routers",
 ]
 
 # peft.utils.register_peft_method takes only names of PEFT's own enum; what it fills are these three dictionaries.

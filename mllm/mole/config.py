@@ -17,6 +17,7 @@ BALANCES = (*BALANCE_LOSSES, "bias", "none")
 CHOICES = {
     "gate": tuple(GATES),
     "router_input": ("block", "linear"),
+    "router_reads": ("token", "picture", "both"),
     "null_logits": ("own", "shared"),
     "null_balance": ("averaged", "each"),
     "balance": BALANCES,
@@ -60,9 +61,14 @@ class MoleConfig(PeftConfig):
             `mllm.routing.routers`.
         router_input: "block" (one decision for a block's linears) or "linear" (each linear has its own router and
             decides from its own input, AdaMoE's Llama form).
+        router_reads: "token" (its hidden state), "picture" (the mean embedding of the row's pictures, the same for
+            all tokens and layers, see `RoutingContext.picture_TD`) or "both" side by side. None: "both" where the model
+            takes pictures and the router learns, else "token".
         router_temperature: the logits are divided by it.
         router_jitter: in training the router's input is multiplied by a value in [1 - jitter, 1 + jitter].
-        oracle_domains: domains in the order of experts, for router="oracle_domain".
+        expert_domains: the domains that experts are meant for; experts are dealt to them in turn. For
+            router="oracle_domain", which must be told every row's domain, and for the domain loss, which needs them in
+            training only. `mllm train` fills in those of the mixture where domain_loss_weight is above 0.
         balance: what is kept even by `routing_loss(model)`, which the loop adds to the task's loss (`mllm train`
             does; so must your own): "global_batch" (counts over all ranks and the whole optimizer step), "layer" (this
             rank's micro-batch), "sample" (as LLaVA-MoLE released it), "bias" (no loss: a bias on the choice, moved
@@ -74,6 +80,8 @@ class MoleConfig(PeftConfig):
         null_balance: "averaged" (balance fixes the sum of null picks, AdaMoE Eq. 7) or "each" (null experts are
             balanced one by one, which is what its released Mixtral code does).
         real_share: ρ, the share of picks that should be real; the load is then ρ · top_k. None: E / (E + null experts).
+        domain_loss_weight: weight of -log P(an expert of the row's domain), in training, where expert_domains are given
+            and the loop tells the rows' domains (`RoutingContext.set_domains`).
         z_loss_weight: weight of the mean squared logsumexp of the router's logits.
         expert_modules: blocks that carry experts, always inside the language model where the model has one. None: its
             MLP blocks; a list of name endings; or a regular expression for the whole name.
@@ -100,9 +108,10 @@ class MoleConfig(PeftConfig):
     renormalize: bool | None = None
     router: str = "learned"
     router_input: str = "block"
+    router_reads: str | None = None
     router_temperature: float = 1.0
     router_jitter: float = 0.0
-    oracle_domains: list[str] | None = None
+    expert_domains: list[str] | None = None
     balance: str = "global_batch"
     balance_loss_weight: float = 0.01
     balance_final_weight: float | None = None
@@ -110,6 +119,7 @@ class MoleConfig(PeftConfig):
     bias_update_rate: float = 1e-3
     null_balance: str = "averaged"
     real_share: float | None = None
+    domain_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
     expert_modules: list[str] | str | None = None
     target_modules: list[str] | str | None = None
@@ -148,14 +158,20 @@ class MoleConfig(PeftConfig):
         for name in ("top_p", "real_share"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise UserError(f"MoleConfig.{name} must be in (0, 1], got {getattr(self, name)}.")
-        for name in ("balance_loss_weight", "balance_final_weight", "z_loss_weight", "bias_update_rate"):
+        for name in (
+            "balance_loss_weight",
+            "balance_final_weight",
+            "z_loss_weight",
+            "domain_loss_weight",
+            "bias_update_rate",
+        ):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"MoleConfig.{name} must not be negative, got {getattr(self, name)}.")
         if self.router_temperature <= 0:
             raise UserError(f"MoleConfig.router_temperature must be above 0, got {self.router_temperature}.")
         find_router(self.router)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and not (name == "router_reads" and self.router_reads is None):
                 raise UserError(
                     f"MoleConfig.{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}."
                 )
@@ -189,10 +205,19 @@ class MoleConfig(PeftConfig):
             'null_logits="shared" needs num_null_experts': self.null_logits == "shared" and not has_nulls,
             'modality_prior needs router="learned"': self.modality_prior and not learns,
             'router_jitter needs router="learned"': self.router_jitter > 0 and not learns,
-            'oracle_domains needs router="oracle_domain"': bool(self.oracle_domains) and self.router != "oracle_domain",
-            'router="oracle_domain" needs oracle_domains, the domains in the order of experts': self.router
+            'expert_domains needs router="oracle_domain", or one that learns and a domain_loss_weight': bool(
+                self.expert_domains
+            )
+            and self.router != "oracle_domain"
+            and not (learns and self.domain_loss_weight > 0),
+            'router_reads="picture" or "both" needs router_input="block": a linear is told nothing but its own input': (
+                self.router_input == "linear" and self.router_reads in ("picture", "both")
+            ),
+            f"router={self.router!r} decides by rule and reads nothing: leave router_reads out": self.is_fixed
+            and self.router_reads not in (None, "token"),
+            'router="oracle_domain" needs expert_domains, the domains in the order of experts': self.router
             == "oracle_domain"
-            and not self.oracle_domains,
+            and not self.expert_domains,
             f"router={self.router!r} decides by rule: it cannot choose null experts or go by groups": self.is_fixed
             and (has_nulls or layout.is_grouped),
             f'router={self.router!r} does not learn, so balance must be "none"': not learns
@@ -238,6 +263,16 @@ class MoleConfig(PeftConfig):
         return find_router(self.router).fixed
 
     @property
+    def learns(self) -> bool:
+        """Whether the router has weights that are trained."""
+        return find_router(self.router).learns
+
+    @property
+    def teaches_domains(self) -> bool:
+        """Whether the domain loss is on."""
+        return self.learns and bool(self.expert_domains) and self.domain_loss_weight > 0
+
+    @property
     def layout(self) -> ExpertLayout:
         """Which experts there are."""
         return ExpertLayout.of(self.num_experts, self.expert_groups, self.num_null_experts)
@@ -273,7 +308,7 @@ class MoleConfig(PeftConfig):
             temperature=self.router_temperature,
             jitter=self.router_jitter,
             modality_prior=self.modality_prior,
-            domains=tuple(self.oracle_domains or ()),
+            domains=tuple(self.expert_domains or ()),
         )
 
     def scaling(self, rank: int) -> float:

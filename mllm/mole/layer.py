@@ -140,16 +140,20 @@ class MoleLinear(nn.Module, MoleLayer):
 
 def token_router(config: MoleConfig, width: int) -> TokenRouter:
     """The router that a config describes, for hidden states of that width."""
-    return TokenRouter(
-        config.router, config.router_spec(width), config.choice, with_selection_bias=config.balance == "bias"
-    )
+    spec = config.router_spec(2 * width if config.router_reads == "both" else width)
+    return TokenRouter(config.router, spec, config.choice, with_selection_bias=config.balance == "bias")
 
 
 def decide(module: MoleBlock | MoleLinear, hidden: Tensor) -> Routing:
     """Routes the tokens of hidden [..., D] by the module's own router and records the decision."""
-    router = module.mole_router[module.active_adapters[0]]
-    routing = router(hidden.flatten(0, -2), module.routing_context)
-    module.routing_context.record(module.layer, routing, trainable=router.is_trainable)
+    router, context = module.mole_router[module.active_adapters[0]], module.routing_context
+    read_TD = hidden.flatten(0, -2)
+    if module.config.router_reads == "picture":
+        read_TD = context.picture_TD
+    elif module.config.router_reads == "both":
+        read_TD = torch.cat([read_TD, context.picture_TD.to(read_TD.dtype)], dim=-1)
+    routing = router(read_TD, context)
+    context.record(module.layer, routing, trainable=router.is_trainable)
     return routing
 
 

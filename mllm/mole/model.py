@@ -14,7 +14,7 @@ from mllm.mole.config import MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.targets import Targets, find_targets
 from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, z_loss
-from mllm.routing.losses import moved_selection_bias, over_ranks, pool, scheduled
+from mllm.routing.losses import domain_loss, moved_selection_bias, over_ranks, pool, scheduled
 
 PROJECTOR = "multi_modal_projector"
 
@@ -35,7 +35,7 @@ class MoleModel(BaseTuner):
         self.routing_context = RoutingContext(_image_token_id(model))
 
     def _post_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
-        self.routing_context.attach(model)
+        self.routing_context.attach(model, sees_pictures=config.router_reads in ("picture", "both"))
 
     def _check_new_adapter_config(self, config: MoleConfig) -> None:
         if len(self.peft_config) > 1:
@@ -53,6 +53,15 @@ class MoleModel(BaseTuner):
             name.rpartition(".")[2] == PROJECTOR for name, _ in model.named_modules()
         ):
             peft_config.modules_to_save = [PROJECTOR]
+        has_pictures = _image_token_id(model) is not None and hasattr(model, "get_image_features")
+        if peft_config.router_reads is None:
+            reads_both = has_pictures and peft_config.router_input == "block" and peft_config.learns
+            peft_config.router_reads = "both" if reads_both else "token"
+        if peft_config.router_reads != "token" and not has_pictures:
+            raise UserError(
+                f"MoleConfig.router_reads={peft_config.router_reads!r}, but {type(model).__name__} takes no pictures; "
+                "set it to 'token'."
+            )
 
     def _check_target_module_exists(self, peft_config: MoleConfig, key: str) -> bool:
         targets = self._targets
@@ -96,14 +105,14 @@ def _image_token_id(model: nn.Module) -> int | None:
     return getattr(config, "image_token_id", None)
 
 
-def _routed(model: nn.Module) -> Iterator[MoleBlock | MoleLinear]:
+def routed_modules(model: nn.Module) -> Iterator[MoleBlock | MoleLinear]:
     """The modules that hold a router."""
     return (module for module in model.modules() if isinstance(module, MoleLayer) and module.layer is not None)
 
 
 def routing_context(model: nn.Module) -> RoutingContext | None:
     """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without."""
-    module = next(_routed(model), None)
+    module = next(routed_modules(model), None)
     return None if module is None else module.routing_context
 
 
@@ -122,7 +131,7 @@ def routing_loss(
             step is this forward.
         progress: share of training that is done, in [0, 1], for a scheduled weight.
     """
-    module = next(_routed(model), None)
+    module = next(routed_modules(model), None)
     if module is None or not module.routing_context.routings:
         return None
     context, config = module.routing_context, module.config
@@ -140,6 +149,12 @@ def routing_loss(
             **options,
         )
         weighted.append(weight * losses["balance_loss"])
+    if config.teaches_domains and context.knows_domains:
+        logits_LTX = context.stack("router_logits_TX")
+        losses["domain_loss"] = domain_loss(
+            router_logits_LTX=logits_LTX, is_due_TE=_due_experts(config, context), is_counted_T=~context.is_pad_T
+        )
+        weighted.append(config.domain_loss_weight * losses["domain_loss"])
     if config.z_loss_weight > 0:
         logits_LTX = context.stack("router_logits_TX")
         losses["z_loss"] = z_loss(router_logits_LTX=logits_LTX, is_counted_T=~context.is_pad_T)
@@ -154,6 +169,12 @@ def _population(config: MoleConfig, context: RoutingContext) -> Tensor:
     return context.modality_T if config.layout.is_grouped else torch.zeros_like(context.sample_T)
 
 
+def _due_experts(config: MoleConfig, context: RoutingContext) -> Tensor:
+    """bool [T, E] the experts that a token's domain is due."""
+    due_PDE = config.layout.due_PDE(len(config.expert_domains)).to(context.sample_T.device)
+    return due_PDE[_population(config, context), context.domain_T(config.expert_domains)]
+
+
 class BiasBalance:
     """Loss-free balance of a model with balance="bias": count after every forward, move once an optimizer step.
 
@@ -161,7 +182,7 @@ class BiasBalance:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = [module for module in _routed(model) if module.config.balance == "bias"]
+        self.modules = [module for module in routed_modules(model) if module.config.balance == "bias"]
         self.window = BalanceWindow()
         self.layers: list[str] = []  # in running order, which need not be that of the modules
 

@@ -47,6 +47,7 @@ class RoutingContext:
         self.sample_T: Tensor | None = None
         self.routings: dict[str, Routing] = {}
         self._domains: list[str] | None = None
+        self._picture_BD: Tensor | None = None
         self._recording = False
         self._expects_gradient = False
         self._hooks: list[Any] = []
@@ -60,14 +61,20 @@ class RoutingContext:
 
     # -- where the tokens come from ------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, *, sees_pictures: bool = False) -> None:
         """Follow `model`, the Hugging Face model itself: `PeftModel.generate` does not pass through
-        `PeftModel.forward`.
+        `PeftModel.forward`. `sees_pictures` also follows what enters its decoder, for `picture_TD`.
         """
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
+        if sees_pictures:
+            decoder = model.get_decoder()
+            self._hooks.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+
+    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.see(kwargs.get("inputs_embeds"))
 
     def detach(self) -> None:
         """Stop following the model."""
@@ -83,6 +90,7 @@ class RoutingContext:
             input_ids=inputs.get("input_ids"),
             inputs_embeds=inputs.get("inputs_embeds"),
             attention_mask=inputs.get("attention_mask"),
+            continues=has_past(inputs.get("past_key_values")),
             expects_gradient=model.training and torch.is_grad_enabled(),
         )
 
@@ -95,15 +103,20 @@ class RoutingContext:
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         attention_mask: Any = None,
+        continues: bool = False,
         expects_gradient: bool = False,
     ) -> None:
         """Start a forward: take the tokens, drop the last routings, record from now on.
+
+        `continues`: the call goes on with the rows of the last one, whose keys and values are cached.
 
         input_ids [B, S] or inputs_embeds [B, S, D] · attention_mask [B, >= S]: in a decode step with a cache it covers
         the past too, and its last S columns are this call's. Masks of any other shape say nothing about padding here.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         self.routings, self._recording, self._expects_gradient = {}, True, expects_gradient
+        if not continues:
+            self._picture_BD = None
         if tokens is None:
             self.is_image_T = self.token_ids_T = self.is_pad_T = self.sample_T = None
             self.batch_size = self.sequence_length = 0
@@ -169,6 +182,40 @@ class RoutingContext:
             )
         return self.is_image_T.long()
 
+    @property
+    def picture_TD(self) -> Tensor:
+        """[T, D] fp32: for each token the mean of its row's picture embeddings, as they enter the language model; zeros
+        for a row without a picture.
+
+        Rows that go on from a cache keep their pictures until they show others. So a token that stands before a picture
+        in its row is told of it too; in generation it is not, where the picture came later.
+        Raises UserError when nobody has seen them: the language model was called by itself with embeddings.
+        """
+        if self._picture_BD is None:
+            raise UserError(
+                "A router reads the row's picture, but the language model was not called through the model that holds "
+                "it, with input_ids; call the whole model, or set MoleConfig.router_reads='token'."
+            )
+        return self._picture_BD[self.sample_T]
+
+    def see(self, inputs_embeds: Tensor | None) -> None:
+        """Take what enters the language model, [B, S, D]; None where it embeds the tokens itself: then no pictures."""
+        if inputs_embeds is None or self.is_image_T is None or inputs_embeds.shape[:2].numel() != len(self.is_image_T):
+            return
+        embeds_TD, is_patch_T = inputs_embeds.detach().flatten(0, 1).float(), self.is_image_T & ~self.is_pad_T
+        count_B = self.sample_T.new_zeros(self.batch_size).index_add(0, self.sample_T, is_patch_T.long())
+        sums_BD = embeds_TD.new_zeros(self.batch_size, embeds_TD.shape[-1])
+        shown_BD = sums_BD.index_add(0, self.sample_T, embeds_TD * is_patch_T[:, None]) / count_B.clamp(min=1)[:, None]
+        if self._picture_BD is not None:  # of the cached rows, which beam search repeats
+            before_BD = self._picture_BD.repeat_interleave(self.batch_size // len(self._picture_BD), 0)
+            shown_BD = shown_BD.where(count_B[:, None] > 0, before_BD)
+        self._picture_BD = shown_BD
+
+    @property
+    def knows_domains(self) -> bool:
+        """Whether the rows' domains have been told."""
+        return bool(self._domains)
+
     def domain_of_row(self) -> list[str]:
         """The domain of each row. Beam search repeats rows, and their domains with them.
 
@@ -176,7 +223,7 @@ class RoutingContext:
         """
         if not self._domains:
             raise UserError(
-                "A router goes by the domain, and nobody has told the rows' domains; call "
+                "Routing goes by the domain, and nobody has told the rows' domains; call "
                 "routing_context(model).set_domains([...]) before the forward."
             )
         repeats, rest = divmod(self.batch_size, len(self._domains))
@@ -186,6 +233,15 @@ class RoutingContext:
             )
         return [domain for domain in self._domains for _ in range(repeats)]
 
+    def domain_T(self, known: Sequence[str]) -> Tensor:
+        """[T] int64, where in `known` the domain of a token's row stands. Raises UserError for one that does not."""
+        unknown = sorted(set(self.domain_of_row()) - set(known))
+        if unknown:
+            raise UserError(
+                f"No expert is meant for domain {unknown[0]!r}; MoleConfig.expert_domains are {', '.join(known)}."
+            )
+        return self.sample_T.new_tensor([known.index(domain) for domain in self.domain_of_row()])[self.sample_T]
+
     @property
     def layers(self) -> list[str]:
         """Names of the routed layers, in running order."""
@@ -194,3 +250,8 @@ class RoutingContext:
     def stack(self, field: str) -> Tensor:
         """One field of Routing over all layers, e.g. stack("router_probs_TX") -> [L, T, X]."""
         return torch.stack([getattr(routing, field) for routing in self.routings.values()])
+
+
+def has_past(past_key_values: Any) -> bool:
+    """Whether a model is called with a cache that holds something."""
+    return past_key_values is not None and past_key_values.get_seq_length() > 0

@@ -26,6 +26,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("block", "One decision for all linears of a block, made from the block's input.", "2401.16160"),
         Option("linear", "Each linear has a router of its own and decides from its own input.", "2406.13233"),
     ),
+    "router_reads": (
+        Option("token", "The router reads the token's hidden state, as in all four papers."),
+        Option("picture", "It reads the mean embedding of the row's pictures: one decision a row and layer."),
+        Option("both", "It reads the two side by side; the default where a model takes pictures."),
+    ),
     "gate": (
         Option(
             "straight_through", "A pick weighs 1, with the gradient of its probability: the task trains the router."

@@ -102,6 +102,19 @@ class ExpertLayout:
             return torch.ones(1, len(owners), dtype=torch.bool)
         return torch.tensor([[owner in (modality, SHARED) for owner in owners] for modality in MODALITIES])
 
+    def due_PDE(self, num_domains: int) -> Tensor:
+        """bool [P, D, E] the real experts that a population's tokens of each of D domains should take.
+
+        The experts that it may take are dealt to the domains in turn; where there are fewer experts than domains, the
+        domains to the experts.
+        """
+        due_PDE = torch.zeros(len(self.allowed_PX), num_domains, self.num_experts, dtype=torch.bool)
+        for due_DE, allowed_X in zip(due_PDE, self.allowed_PX, strict=True):
+            experts = allowed_X[: self.num_experts].nonzero().flatten().tolist()
+            for turn in range(max(len(experts), num_domains)):
+                due_DE[turn % num_domains, experts[turn % len(experts)]] = True
+        return due_PDE
+
     def target_PX(self, real_share: float | None = None) -> Tensor:
         """fp32 [P, X] the share of its picks that a population should give each expert; rows sum to one.
 

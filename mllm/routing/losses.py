@@ -205,3 +205,14 @@ def z_loss(*, router_logits_LTX: Tensor, is_counted_T: Tensor) -> Tensor:
     """Mean over layers and counted tokens of logsumexp(logits)²: keeps logits small (ST-MoE, 2202.08906, Eq. 5)."""
     squares_LT = router_logits_LTX.logsumexp(-1).square()
     return (squares_LT * is_counted_T).sum() / (is_counted_T.sum().clamp(min=1) * len(squares_LT))
+
+
+def domain_loss(*, router_logits_LTX: Tensor, is_due_TE: Tensor, is_counted_T: Tensor) -> Tensor:
+    """Mean over layers and counted tokens of -log P(an expert of the token's domain | a real expert).
+
+    is_due_TE: bool, the experts of the domain, at least one that the token may take. Null experts are left out of the
+    probability, so that their share is balance's affair alone.
+    """
+    real_LTE = router_logits_LTX[..., : is_due_TE.shape[1]]
+    losses_LT = real_LTE.logsumexp(-1) - real_LTE.masked_fill(~is_due_TE, -torch.inf).logsumexp(-1)
+    return losses_LT[:, is_counted_T].mean() if is_counted_T.any() else losses_LT.sum() * 0.0

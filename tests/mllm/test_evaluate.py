@@ -32,7 +32,7 @@ def base(tmp_path_factory):
 
 def adapter_for(base, folder, domains):
     torch.manual_seed(0)
-    config = MoleConfig(r=2, num_experts=3, router="oracle_domain", oracle_domains=domains, balance="none")
+    config = MoleConfig(r=2, num_experts=3, router="oracle_domain", expert_domains=domains, balance="none")
     model, _ = load(base)
     get_peft_model(model, config).save_pretrained(folder)
     write_base_card(folder, model, base)

@@ -15,7 +15,7 @@ from mllm.errors import UserError
 from mllm.mole import MoleConfig
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
-from train.check import check_oracle
+from train.check import check_domains
 from train.routing import RunRouting, routing_table
 from train.trainer import answer_losses
 
@@ -116,7 +116,7 @@ def test_the_bias_moves_once_a_step_by_the_picks_of_all_its_micro_batches(settin
 
 def test_an_oracle_by_domain_is_told_the_rows_domains(setting):
     make, batch = setting
-    model, routing = make(router="oracle_domain", oracle_domains=["numbers", "pictures"], balance="none", num_experts=2)
+    model, routing = make(router="oracle_domain", expert_domains=["numbers", "pictures"], balance="none", num_experts=2)
     forward(model, routing, batch(0, 1))
     shares = routing.stats.shares()
     for layer in routing.stats.layers:
@@ -189,7 +189,7 @@ def test_a_model_without_experts_has_no_routing_to_tell_of(setting):
 
 
 def test_a_domain_without_an_expert_is_refused_before_the_run():
-    adapter = MoleConfig(router="oracle_domain", oracle_domains=["numbers"], balance="none")
-    check_oracle(adapter, SimpleNamespace(domains=["numbers"]))
+    adapter = MoleConfig(router="oracle_domain", expert_domains=["numbers"], balance="none")
+    check_domains(adapter, SimpleNamespace(domains=["numbers"]))
     with pytest.raises(UserError, match="also holds pictures"):
-        check_oracle(adapter, SimpleNamespace(domains=["numbers", "pictures"]))
+        check_domains(adapter, SimpleNamespace(domains=["numbers", "pictures"]))

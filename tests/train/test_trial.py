@@ -16,7 +16,7 @@ from train.config import OptimSection
 from train.trial import Schedule, answer_losses, cache, score_trial, train_trial
 
 COLOURS = ("red", "green", "blue")
-FAST = Schedule(steps=60, batch_size=7, optim=OptimSection(lr=2e-2, warmup_ratio=0.0))
+FAST = Schedule(steps=100, batch_size=7, optim=OptimSection(lr=2e-2, warmup_ratio=0.0))
 
 
 @pytest.fixture(scope="module")

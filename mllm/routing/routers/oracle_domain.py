@@ -11,7 +11,7 @@ from mllm.routing.routers.oracle_modality import ranked_logits
 
 
 class OracleDomainRouter(Router):
-    """Every token of a sample takes the expert of the sample's domain first: number in `oracle_domains`, modulo E.
+    """Every token of a sample takes the expert of the sample's domain first: number in `expert_domains`, modulo E.
 
     The domains of a batch are told with `routing_context(model).set_domains([...])`, one a row; `mllm train` and
     `mllm eval` do so.
@@ -23,16 +23,9 @@ class OracleDomainRouter(Router):
         super().__init__(spec)
         if not spec.domains:
             raise UserError(
-                'router="oracle_domain" needs oracle_domains: the names of the domains, in the experts\' order.'
+                'router="oracle_domain" needs expert_domains: the names of the domains, in the experts\' order.'
             )
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
-        known = self.spec.domains
-        unknown = sorted(set(context.domain_of_row()) - set(known))
-        if unknown:
-            raise UserError(
-                f"oracle_domain has no expert for domain {unknown[0]!r}; oracle_domains are {', '.join(known)}."
-            )
-        domain_B = context.sample_T.new_tensor([known.index(domain) for domain in context.domain_of_row()])
         num_experts = self.spec.layout.num_experts
-        return ranked_logits(domain_B[context.sample_T] % num_experts, num_experts)
+        return ranked_logits(context.domain_T(self.spec.domains) % num_experts, num_experts)

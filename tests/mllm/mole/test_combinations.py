@@ -131,7 +131,7 @@ def test_in_bf16_outputs_losses_and_all_gradients_stay_near_the_definition(confi
 @pytest.mark.parametrize("path", ["masked", "sorted"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_every_router_equals_its_definition_on_both_paths(name, path, top_k):
-    domains = {"oracle_domains": ["general", "document"]} if name == "oracle_domain" else {}
+    domains = {"expert_domains": ["general", "document"]} if name == "oracle_domain" else {}
     model = toy_mole(router=name, balance="none", expert_path=path, top_k=top_k, num_experts=3, **domains)
     routing_context(model).set_domains(["document", "general"])
     assert_equals_the_definition(model)

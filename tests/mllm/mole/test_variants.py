@@ -29,7 +29,7 @@ VARIANTS = {
 
 def of_router(name):
     """The least a config must say to have that router."""
-    config = {"router": name} | ({"oracle_domains": ["general", "document"]} if name == "oracle_domain" else {})
+    config = {"router": name} | ({"expert_domains": ["general", "document"]} if name == "oracle_domain" else {})
     return config | ({} if find_router(name).learns else {"balance": "none"})
 
 

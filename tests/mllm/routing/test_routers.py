@@ -211,9 +211,11 @@ def test_oracle_domain_takes_the_expert_of_the_rows_domain_and_the_next_ones_aft
 
 
 def test_oracle_domain_asks_for_domains_it_knows():
-    with pytest.raises(UserError, match="needs oracle_domains"):
+    with pytest.raises(UserError, match="needs expert_domains"):
         find_router("oracle_domain")(RouterSpec(width=WIDTH, layout=ExpertLayout.of(EXPERTS)))
-    with pytest.raises(UserError, match="no expert for domain 'biomedical'; oracle_domains are general, document"):
+    with pytest.raises(
+        UserError, match=r"No expert is meant for domain 'biomedical'; MoleConfig\.expert_domains are general, document"
+    ):
         make("oracle_domain")(HIDDEN, context(domains=["general", "biomedical"]))
     with pytest.raises(UserError, match="nobody has told the rows' domains"):
         make("oracle_domain")(HIDDEN, context(domains=None))

@@ -1,0 +1,116 @@
+"""Miniworld with a dial for how much its domains contradict each other; for studies of mixed training.
+
+    0  every domain answers in neutral words: nothing to be in conflict about but the pictures
+    1  miniworld as it is: shared forms of question, each domain's own convention for the answer
+    2  look-alikes: all domains show the same kind of scene, each on its own ground, and each has its own word for
+       everything (its code book); the ground alone tells which
+
+With ``cue`` every question begins with its domain's name, so that the prompt tells too.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Question, Split, scenes
+from data_recipes.miniworld.__main__ import recipe_version
+from data_recipes.miniworld.canvas import Colour, tinted
+from data_recipes.miniworld.general import COLOURS, SHAPES
+from mllm.errors import UserError
+
+CARD = "clashes.json"  # what a folder was drawn with, and the sign that we may replace it
+LOOK_ALIKES = 2
+GROUNDS: dict[str, Colour] = {"general": (214, 234, 248), "document": (250, 222, 170), "biomedical": (150, 170, 150)}
+NUMBERS = tuple("12345")
+
+
+def code_book(turn: int) -> dict[str, str]:
+    """What a look-alike domain says instead of each neutral word: all words of a kind moved on by ``turn`` places."""
+    cycles = (tuple(COLOURS), SHAPES, NUMBERS, ("top", "middle", "bottom"), ("left", "center", "right"))
+    book = {word: cycle[(k + turn) % len(cycle)] for cycle in cycles for k, word in enumerate(cycle)}
+    return book | dict(zip(("yes", "no"), (("yes", "no"), ("no", "yes"), ("yes sir", "no sir"))[turn], strict=True))
+
+
+CODE_BOOKS = {domain: code_book(turn) for turn, domain in enumerate(DOMAINS)}
+
+
+def write(
+    out: Path, sizes: dict[Split, int], *, clash: int = 1, cue: bool = False, questions: int = 2, seed: int = 0
+) -> Path:
+    """Writes {train,val,test}.json and images/, ``sizes[split]`` scenes a domain, whole or not at all.
+
+    Raises:
+        UserError: ``clash`` is not 0, 1 or 2, or ``out`` holds something else.
+    """
+    if clash not in range(LOOK_ALIKES + 1):
+        raise UserError(f"clash must be 0, 1 or 2, got {clash}: {__doc__.strip()}")
+    card = {"seed": seed, "questions": questions, "sizes": sizes, "clash": clash, "cue": cue}
+    card["recipe"], card["code_books"], card["grounds"] = (
+        recipe_version(),
+        CODE_BOOKS,
+        {k: list(v) for k, v in GROUNDS.items()},
+    )
+    if (out / CARD).exists() and json.loads((out / CARD).read_text()) == card:
+        return out
+    if out.exists() and not (out / CARD).exists():
+        raise UserError(f"{out} exists and was not written by data_recipes.clashes. Name another folder.")
+    draft = out.with_name(f"{out.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    for split, size in sizes.items():
+        rows = []
+        for domain in DOMAINS:
+            (draft / "images" / domain / split).mkdir(parents=True)
+            drawn = pictures(domain, split, size, clash=clash, questions=questions, seed=seed)
+            for index, (picture, source, asked) in enumerate(track(drawn, f"{domain} {split}", size, transient=True)):
+                name = f"{domain}/{split}/{index:06d}"
+                picture.save(draft / f"images/{name}.png", compress_level=1)
+                about = {"image": f"images/{name}.png", "source": source, "domain": domain}
+                rows += [record(f"{name}/{k}", about, each, cue) for k, each in enumerate(asked)]
+        (draft / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+    (draft / CARD).write_text(json.dumps(card), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    return draft.rename(out)
+
+
+def pictures(
+    domain: str, split: Split, size: int, *, clash: int, questions: int, seed: int
+) -> Iterator[tuple[Image.Image, str, list[Question]]]:
+    """Pictures of a domain with source and questions. No scene of one split or domain occurs in another."""
+    if clash < LOOK_ALIKES:
+        convention = CONVENTIONS[domain] if clash else NEUTRAL
+        for scene, rng in scenes(domain, split, size, seed):
+            yield scene.paint(rng), scene.source, scene.ask_several(rng, convention, questions)
+        return
+    turn = DOMAINS.index(domain)
+    dealt = islice(scenes("general", split, size * len(DOMAINS), seed), turn, None, len(DOMAINS))
+    for scene, rng in dealt:
+        picture = on_ground(scene.paint(rng), tinted(rng, GROUNDS[domain], 6))
+        asked = scene.ask_several(rng, NEUTRAL, questions)
+        yield picture, f"{domain} scenes", [coded(question, CODE_BOOKS[domain]) for question in asked]
+
+
+def on_ground(picture: Image.Image, ground: Colour) -> Image.Image:
+    """The picture with its plain ground, the colour of its corner, painted over."""
+    pixels = np.array(picture)
+    pixels[(pixels == pixels[0, 0]).all(-1)] = ground
+    return Image.fromarray(pixels)
+
+
+def coded(question: Question, book: dict[str, str]) -> Question:
+    """The same question with its answer said in a domain's words."""
+    answer = " ".join(book[word] for word in question.answer.split())
+    return question._replace(answer=answer, metric="exact_match")
+
+
+def record(identity: str, about: dict, question: Question, cue: bool) -> dict:
+    """One row of LLaVA's JSON."""
+    text = f"{about['domain']}: {question.text}" if cue else question.text
+    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": question.answer}]
+    labels = {"qtype": question.form, "metric": question.metric, "answers": [question.answer]}
+    return {"id": identity, **about, **labels, "conversations": turns}
