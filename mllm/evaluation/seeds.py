@@ -34,7 +34,7 @@ def estimate(values_S: Sequence[float]) -> Estimate:
     values_S = values_S[~np.isnan(values_S)]
     n = len(values_S)
     mean = float(values_S.mean()) if n else np.nan
-    if n < 2 or np.ptp(values_S) == 0:
+    if n < 2 or np.ptp(values_S) < 1e-12:  # equal but for rounding
         return Estimate(n, mean, np.nan, np.nan, np.nan, np.nan)
     test = stats.ttest_1samp(values_S, 0.0)
     low, high = test.confidence_interval(0.95)
