@@ -7,8 +7,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -145,13 +147,17 @@ def draw(section: MiniworldSection, *, copies: int = 1) -> Path:
     spec = {"scenes": scenes, "clash": section.clash, "cue": section.cue, "seed": section.seed}
     folder = section.folder / digest([spec, drawn_by()])
     with claimed(folder.with_suffix(".lock"), wait=True):
-        if find_spec(CLASHES):
-            from data_recipes import clashes
-
+        clashes = find_clashes()
+        if clashes is not None:
             return clashes.write(folder, scenes, clash=section.clash, cue=section.cue, seed=section.seed)
         if section.clash == 2 or section.cue:
             raise UserError("data.miniworld: clash 2 and cue need data_recipes/clashes.py, which is not there.")
         return write(folder, scenes, seed=section.seed, neutral=section.clash == 0)
+
+
+def find_clashes() -> ModuleType | None:
+    """The drawer of clashing domains, where there is one; without it miniworld's own does what it can."""
+    return import_module(CLASHES) if find_spec(CLASHES) else None
 
 
 def drawn_by() -> str:

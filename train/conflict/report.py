@@ -25,6 +25,12 @@ from train.kept import KeptRuns
 SINGLE = "single"
 VERSUS = ("wide", "mole_frozen")  # what experts must beat beside the baseline: as many weights, and blind routing
 SUMMARY, README, PICTURE, ROUTING, FACTS = "summary.json", "README.md", "conflict.png", "routing.png", "study.json"
+# Settings of this machine alone, nothing that a figure follows from.
+MACHINE = {
+    "run": {"out", "limit_minutes", "threads"},
+    "model": {"device"},
+    "data": {"miniworld": {"folder"}},
+}
 MOST_LAYERS = 8  # shown one by one in a table; the picture has them all
 
 
@@ -83,7 +89,7 @@ def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
         "regime": study.config.regime_name,
         "provenance": provenance(),
         "made": {key: sorted({record["made"][key] for record in first}) for key in ("date", "commit", "device")},
-        "config": study.config.model_dump(mode="json", exclude={"run": {"out", "limit_minutes", "threads"}}),
+        "config": study.config.model_dump(mode="json", exclude=MACHINE),
         "facts": study.facts,
         "baseline": study.config.run.baseline,
         "seeds": seeds,

@@ -4,7 +4,7 @@ N samples of the scored split.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ def carry_out(
         "exact": domain_mean(exact_N, columns["domain"]),
         "loss": domain_mean(loss_N, columns["domain"]),
         "cost": meter.cost() | {"trained_parameters": trained},
-        "routing": meter.routing() if values and values["num_experts"] != 1 else None,
+        "routing": meter.routing() if chooses(values) else None,
         "seconds": round(seconds, 2),
         "peak_mib": peak_memory(),
     }
@@ -70,6 +70,13 @@ def parts(arm: Arm, data: StudyData, scored: ScoredSet) -> Iterator[tuple[list[i
         yield list(range(len(data.train))), 2 * data.mixed // len(data.train), everything
     else:
         yield mix, 1, everything
+
+
+def chooses(values: Mapping[str, Any] | None) -> bool:
+    """Whether an adapter of these fields sends tokens different ways: not LoRA, nor all experts for all tokens."""
+    if values is None or values["num_experts"] == 1:
+        return False
+    return bool(values.get("num_null_experts")) or values.get("top_k", 1) != values["num_experts"]
 
 
 def schedule_of(job: Job, config: ConflictConfig, draws: int) -> Schedule:

@@ -31,6 +31,7 @@ class Worker:
         self.base, self.processor = load(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
         self.study = Study(config, rows.facts() | {"base": fingerprint(self.base)})
         self.study.adapters  # noqa: B018
+        self._made = provenance()
         self._rows: StudyRows = rows
         self._data: StudyData | None = None
 
@@ -40,7 +41,7 @@ class Worker:
             self._data = embed(self.base, self.processor, self._rows)
         record, arrays = carry_out(job, self.study, self.base, self._data)
         about = {"arm": job.arm.name, "split": job.split, "rate": job.rate, "seed": job.seed}
-        return about | record | {"recipe": self.study.recipe(job), "made": provenance()}, arrays
+        return about | record | {"recipe": self.study.recipe(job), "made": self._made}, arrays
 
 
 def work(worker: Worker, kept: KeptRuns, console: Console, *, limit_minutes: float | None = None) -> int:
