@@ -62,6 +62,16 @@ def train(
     start_module("train.launch", str(config), *context.args, *options)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@plain_errors
+def conflict(context: typer.Context) -> None:
+    """Measure what mixing domains costs, and which arm gets it back: mllm conflict CONFIG.yaml section.key=value …
+
+    --report: only the tables, from kept runs. --report-all FOLDER: one table over several studies.
+    """
+    start_module("train.conflict", *context.args)
+
+
 @app.command("eval")
 @plain_errors
 def evaluate(

@@ -47,14 +47,18 @@ def cost(model: nn.Module) -> Cost:
         total_parameters=total,
         trained_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         active_parameters=total - unused,
-        base_flops=sum(
-            linear_flops(tokens, *linear_sizes(module)) for module in modules if isinstance(module, LINEARS)
-        ),
+        base_flops=base_flops(model, tokens),
         router_flops=sum(_router_flops(module, tokens) for module in modules if isinstance(module, TokenRouter)),
         expert_flops=computed,
         needed_expert_flops=needed,
         lora_flops=sum(lora_flops(shape, tokens) for shape in lora),
     )
+
+
+def base_flops(model: nn.Module, tokens: int) -> int:
+    """What the linears of the decoder layers spend on so many tokens, adapters left out; for any model."""
+    linears = (module for module in _decoder(model).modules() if isinstance(module, LINEARS))
+    return sum(linear_flops(tokens, *linear_sizes(linear)) for linear in linears)
 
 
 def _decoder(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ writes the settings as they were resolved, so that a run can be repeated from it
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,9 @@ class Section(BaseModel):
     """A group of settings in which an unknown name is an error and assignments are checked too."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+Config = TypeVar("Config", bound=Section)
 
 
 class ModelSection(Section):
@@ -128,16 +131,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     Raises:
         UserError: no such file, not YAML, an unknown key (the nearest known one is named) or a value that does not fit.
     """
-    values = read_yaml(Path(path))
+    return read_config(path, overrides, TrainConfig)
+
+
+def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config]) -> Config:
+    """`load_config` for any root section."""
+    values = read_yaml(Path(path), kind)
     for override in overrides or []:
         apply_override(values, override)
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(explain(problem) for problem in error.errors())) from None
+        raise UserError(f"{path}: " + "; ".join(explain(problem, kind) for problem in error.errors())) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: type[Section] = TrainConfig) -> dict[str, Any]:
     """A YAML file's mapping.
 
     Raises:
@@ -150,7 +158,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping with the sections {', '.join(TrainConfig.model_fields)}.")
+        raise UserError(f"{path} must hold a mapping with the sections {', '.join(kind.model_fields)}.")
     return values
 
 
@@ -173,11 +181,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[keys[-1]] = value
 
 
-def explain(problem: dict[str, Any]) -> str:
+def explain(problem: dict[str, Any], kind: type[Section] = TrainConfig) -> str:
     """One pydantic error as a sentence with the dotted key and, for an unknown key, the nearest known name."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}" + suggest(str(problem["loc"][-1]), known_keys(problem["loc"][:-1]))
+        return f"unknown key {key}" + suggest(str(problem["loc"][-1]), known_keys(problem["loc"][:-1], kind))
     if problem["type"] == "missing":
         return f"key {key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -186,12 +194,12 @@ def explain(problem: dict[str, Any]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
 
 
-def known_keys(location: tuple[Any, ...]) -> list[str]:
+def known_keys(location: tuple[Any, ...], kind: type[Section] = TrainConfig) -> list[str]:
     """Names allowed in the section at a location such as ("optim", "part_lr")."""
-    section: type[BaseModel] = TrainConfig
     for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+        annotation = kind.model_fields[part].annotation
+        kind = next(each for each in (*get_args(annotation), annotation) if hasattr(each, "model_fields"))
+    return list(kind.model_fields)
 
 
 def suggest(name: str, known: list[str]) -> str:

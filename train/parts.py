@@ -5,7 +5,7 @@ Parts are what a learning rate can be given to: projector, attention, experts, r
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,24 @@ def adapter_config(section: ModelSection) -> PeftConfig | None:
     Raises:
         UserError: no or an unknown type, an unknown field (the nearest is named), or a value that does not fit.
     """
-    if section.adapter is None:
-        return None
-    values = dict(section.adapter)
+    return None if section.adapter is None else make_adapter(section.adapter, "model.adapter")
+
+
+def make_adapter(values: Mapping[str, Any], key: str) -> PeftConfig:
+    """The PEFT config of `{type: mole | lora, …}`. Raises UserError as `adapter_config` does, naming `key`."""
+    values = dict(values)
     kind = values.pop("type", None)
     if kind not in ADAPTER_TYPES:
-        raise UserError(f"model.adapter.type is {kind!r}" + suggest(str(kind), list(ADAPTER_TYPES)))
+        raise UserError(f"{key}.type is {kind!r}" + suggest(str(kind), list(ADAPTER_TYPES)))
     config_class = ADAPTER_TYPES[kind]
     known = [field.name for field in fields(config_class) if field.init and field.name not in RESERVED]
-    for key in values:
-        if key not in known:
-            raise UserError(f"unknown key model.adapter.{key}" + suggest(key, known))
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown key {key}.{name}" + suggest(name, known))
     try:
         return config_class(**values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"model.adapter: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
 def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGeneration, LlavaProcessor]:

@@ -22,13 +22,13 @@ from train.ranks import summed, world_size
 
 
 def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> float | None:
-    """Where routers read pictures and are taught domains: starts them as `start_routers` does, from the first rows.
+    """Where routers read pictures and are to start from them: does so as `start_routers`, from the first rows.
 
     Before the engine starts, since ZeRO copies and splits weights then; every rank computes the same. Returns the share
     of those rows that the discriminant has right, None where nothing was done.
     """
     config = getattr(model, "peft_config", {}).get("default")
-    if not isinstance(config, MoleConfig) or not config.teaches_domains or config.router_reads == "token":
+    if not isinstance(config, MoleConfig) or not config.starts_from_pictures:
         return None
     domains = samples.mixture.domain_of_row
     rows = start_rows(domains, map(int, order))
@@ -37,8 +37,7 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
     pictures_ND = torch.stack([mean_picture(base, samples[row]["pixel_values"].to(device)) for row in rows])
     right = start_routers(model, pictures_ND, [domains[row] for row in rows])
     if os.environ.get("RANK", "0") == "0":
-        print(f"routers start as the linear discriminant of {len(config.expert_domains)} domains, {right:.0%} of"
-              f" {len(rows)} rows right", flush=True)  # fmt: skip
+        print(f"routers start from {config.router_start}: {right:.0%} of {len(rows)} rows right", flush=True)
     return right
 
 

@@ -8,7 +8,7 @@ B batch, S sequence, N pictures, P patches, D width of the language model, T sup
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from train.parts import parameter_groups
 class CachedSet:
     """Encoded conversations whose pictures are embeddings already.
 
-    `image_embeds` [N, P, D] in the base's type; `pictures[i]` are the rows of it that sample i shows, in order.
+    `image_embeds` [N, P, D] in the base's type and on its device, where batches go; `pictures[i]` are the rows
+    of it that sample i shows, in order.
     """
 
     samples: list[dict[str, Any]]
@@ -49,7 +50,9 @@ class CachedSet:
         """What the model reads, padded on the right; labels [B, S]; and the domain of each row."""
         fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0}
         padded = {
-            key: pad_sequence([self.samples[row][key] for row in rows], batch_first=True, padding_value=fill)
+            key: pad_sequence([self.samples[row][key] for row in rows], batch_first=True, padding_value=fill).to(
+                self.image_embeds.device
+            )
             for key, fill in fills.items()
         }
         labels = padded.pop("labels")
@@ -66,6 +69,11 @@ class CachedSet:
         shown = (self.image_embeds[self.pictures[row]] if self.pictures[row] else nothing_PD for row in rows)
         return torch.stack([embeds.float().flatten(0, 1).mean(0) for embeds in shown])
 
+    def part(self, rows: Sequence[int]) -> "CachedSet":
+        """These rows alone."""
+        names = ("samples", "pictures", "domains")
+        return replace(self, **{name: [getattr(self, name)[row] for row in rows] for name in names})
+
     def rows_of(self, domains: Sequence[str]) -> list[int]:
         """Row numbers of these domains."""
         return [row for row, name in enumerate(self.domains) if name in domains]
@@ -80,7 +88,7 @@ def cache(
     rows_of_images: dict[tuple, list[int]] = {}
     for conversation in conversations:
         sample = encoder.encode(conversation)
-        pixels = sample.pop("pixel_values").to(model.dtype)
+        pixels = sample.pop("pixel_values").to(model.device, model.dtype)
         if conversation.images not in rows_of_images:
             rows_of_images[conversation.images] = list(range(len(embeds), len(embeds) + len(pixels)))
             embeds += model.get_image_features(pixels).pooler_output if len(pixels) else []
@@ -88,7 +96,7 @@ def cache(
         pictures.append(rows_of_images[conversation.images])
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    stacked = torch.stack(embeds) if embeds else torch.empty(0)
+    stacked = torch.stack(embeds) if embeds else torch.empty(0, device=model.device)
     return CachedSet(samples, stacked, pictures, [conversation.domain for conversation in conversations], pad)
 
 
@@ -126,7 +134,8 @@ def train_trial(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if isinstance(adapter, MoleConfig) and adapter.teaches_domains:
+    config = model.peft_config["default"]
+    if isinstance(config, MoleConfig) and config.starts_from_pictures:
         first = start_rows(data.domains, range(len(data)) if rows is None else rows)
         start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
     return learn(model, data, schedule, rows=rows, on_step=on_step)
@@ -210,8 +219,9 @@ def score_trial(
         loss_T, right_T = answer_losses(model, inputs, labels)
         row_T = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
         tokens_B = torch.bincount(row_T, minlength=len(labels))
-        losses.append(torch.zeros(len(labels)).index_add(0, row_T, loss_T) / tokens_B)
-        exact.append(torch.zeros(len(labels)).index_add(0, row_T, right_T.float()) == tokens_B)
+        none_B = torch.zeros(len(labels), device=labels.device)
+        losses.append(none_B.index_add(0, row_T, loss_T) / tokens_B)
+        exact.append(none_B.index_add(0, row_T, right_T.float()) == tokens_B)
         if after_batch is not None:
             after_batch(domains)
-    return Scores(torch.cat(losses).numpy(), torch.cat(exact).numpy())
+    return Scores(torch.cat(losses).cpu().numpy(), torch.cat(exact).cpu().numpy())

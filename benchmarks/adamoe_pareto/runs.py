@@ -3,9 +3,6 @@
 N scored tokens, L routed layers.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mllm.provenance import provenance
+from train import kept
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,11 @@ class RunFolder:
 
     def is_done(self, study: Study, arm: Arm, seed: int) -> bool:
         """Whether the run is there, and was made by the same recipe."""
-        path = self._path(study, arm, seed)
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["recipe"] == digest(study, arm, seed)
+        record = self._runs.read(_name(study, arm, seed))
+        return record is not None and record["recipe"] == digest(study, arm, seed)
 
     def keep(self, study: Study, arm: Arm, seed: int, measured: Measured, seconds: float) -> None:
-        """Writes the run, whole or not at all: the JSON comes last, and by renaming."""
-        path = self._path(study, arm, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path.with_suffix(".npz"), **asdict(measured.tokens))
+        """Writes the run, whole or not at all."""
         record = {
             "recipe": digest(study, arm, seed),
             "part": study.part,
@@ -85,28 +80,30 @@ class RunFolder:
             "processor_seconds": round(seconds, 1),
             "made": provenance(),
         }
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        self._runs.keep(_name(study, arm, seed), record, asdict(measured.tokens))
 
     def figures(self, study: Study, arm: Arm, seed: int) -> dict[str, float]:
         """What was measured."""
         return self.record(study, arm, seed)["figures"]
 
     def record(self, study: Study, arm: Arm, seed: int) -> dict[str, Any]:
-        """Everything about a run but its tokens."""
-        return json.loads(self._path(study, arm, seed).read_text(encoding="utf-8"))
+        """Everything about a finished run but its tokens."""
+        return self._runs.read(_name(study, arm, seed))
 
     def tokens(self, study: Study, arm: Arm, seed: int) -> Tokens:
         """The tokens of a run."""
-        with np.load(self._path(study, arm, seed).with_suffix(".npz")) as arrays:
-            return Tokens(**{each.name: arrays[each.name] for each in fields(Tokens)})
+        arrays = self._runs.arrays(_name(study, arm, seed))
+        return Tokens(**{each.name: arrays[each.name] for each in fields(Tokens)})
 
-    def _path(self, study: Study, arm: Arm, seed: int) -> Path:
-        return self.folder / f"{study.part}-{arm.name}-s{seed}.json"
+    @property
+    def _runs(self) -> kept.KeptRuns:
+        return kept.KeptRuns(self.folder)
+
+
+def _name(study: Study, arm: Arm, seed: int) -> str:
+    return f"{study.part}-{arm.name}-s{seed}"
 
 
 def digest(study: Study, arm: Arm, seed: int) -> str:
     """A short name of the recipe."""
-    recipe = json.dumps([study.recipe(arm, seed), arm.settings, seed], sort_keys=True)
-    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    return kept.digest([study.recipe(arm, seed), arm.settings, seed])

@@ -18,6 +18,7 @@ CHOICES = {
     "gate": tuple(GATES),
     "router_input": ("block", "linear"),
     "router_reads": ("token", "picture", "both"),
+    "router_start": ("domains", "clusters", "random"),
     "null_logits": ("own", "shared"),
     "null_balance": ("averaged", "each"),
     "balance": BALANCES,
@@ -64,6 +65,10 @@ class MoleConfig(PeftConfig):
         router_reads: "token" (its hidden state), "picture" (the mean embedding of the row's pictures, the same for
             all tokens and layers, see `RoutingContext.picture_TD`) or "both" side by side. None: "both" where the model
             takes pictures and the router learns, else "token".
+        router_start: what the weights on the picture start as, where the router reads it and the loop calls
+            `start_routers` (`mllm train` does): "domains" (the linear discriminant of expert_domains), "clusters" (that
+            of as many clusters of pictures as experts, for data without labels) or "random". Without expert_domains
+            "domains" is "random".
         router_temperature: the logits are divided by it.
         router_jitter: in training the router's input is multiplied by a value in [1 - jitter, 1 + jitter].
         expert_domains: the domains that experts are meant for; experts are dealt to them in turn. For
@@ -109,6 +114,7 @@ class MoleConfig(PeftConfig):
     router: str = "learned"
     router_input: str = "block"
     router_reads: str | None = None
+    router_start: str = "domains"
     router_temperature: float = 1.0
     router_jitter: float = 0.0
     expert_domains: list[str] | None = None
@@ -205,11 +211,9 @@ class MoleConfig(PeftConfig):
             'null_logits="shared" needs num_null_experts': self.null_logits == "shared" and not has_nulls,
             'modality_prior needs router="learned"': self.modality_prior and not learns,
             'router_jitter needs router="learned"': self.router_jitter > 0 and not learns,
-            'expert_domains needs router="oracle_domain", or one that learns and a domain_loss_weight': bool(
-                self.expert_domains
-            )
+            'expert_domains needs router="oracle_domain", or one that learns': bool(self.expert_domains)
             and self.router != "oracle_domain"
-            and not (learns and self.domain_loss_weight > 0),
+            and not learns,
             'router_reads="picture" or "both" needs router_input="block": a linear is told nothing but its own input': (
                 self.router_input == "linear" and self.router_reads in ("picture", "both")
             ),
@@ -271,6 +275,14 @@ class MoleConfig(PeftConfig):
     def teaches_domains(self) -> bool:
         """Whether the domain loss is on."""
         return self.learns and bool(self.expert_domains) and self.domain_loss_weight > 0
+
+    @property
+    def starts_from_pictures(self) -> bool:
+        """Whether `start_routers` has something to set."""
+        reads = self.learns and self.router_reads != "token" and self.router_input == "block"
+        return reads and (
+            self.router_start == "clusters" or (self.router_start == "domains" and bool(self.expert_domains))
+        )
 
     @property
     def layout(self) -> ExpertLayout:

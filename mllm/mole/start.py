@@ -20,38 +20,49 @@ LOGIT_SPREAD = 5.0  # standard deviation of the logits that routers start with: 
 
 @torch.no_grad()
 def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str]) -> float:
-    """Sets the routers' weights on the picture to the linear discriminant of the domains; returns its share right.
+    """Sets the routers' weights on the picture as `MoleConfig.router_start` says; returns the share of rows right.
 
     pictures_ND [N, D]: each row's mean picture embedding, as in `RoutingContext.picture_TD`; some dozens a domain do.
-    `domains[n]` is one of `expert_domains`. Experts of the same domain start with the same weights here and differ by
-    what they read of the token ("both") or not at all ("picture"). Call it before training, on all ranks alike.
+    `domains[n]` is one of `expert_domains`; clusters do not look at them. Experts of the same class start with the same
+    weights here; what they read of the token keeps them apart. Call it before training, on all ranks alike.
 
     Raises:
-        UserError: the routers do not read pictures, no expert_domains, or a domain without a row.
+        UserError: there is nothing to set (see `MoleConfig.starts_from_pictures`), or a domain without a row.
     """
     modules = list(routed_modules(model))
     config = modules[0].config if modules else None
-    if config is None or config.router_reads not in ("picture", "both") or not config.teaches_domains:
+    if config is None or not config.starts_from_pictures:
         raise UserError(
-            "start_routers needs a model with MOLE whose routers learn and read pictures, and its expert_domains "
-            "(MoleConfig.router_reads, expert_domains, domain_loss_weight)."
+            "start_routers needs a model with MOLE whose routers learn and read pictures, and for "
+            'router_start="domains" the expert_domains (see MoleConfig).'
         )
-    known = config.expert_domains
-    missing = sorted(set(known) - set(domains)) + sorted(set(domains) - set(known))
-    if missing:
-        raise UserError(f"start_routers needs rows of each of {', '.join(known)} and of no other; see {missing[0]!r}.")
-    class_N = torch.tensor([known.index(domain) for domain in domains], device=pictures_ND.device)
-    weight_CD, bias_C = linear_discriminant(pictures_ND.float(), class_N, len(known))
-    logits_NC = pictures_ND.float() @ weight_CD.T + bias_C
+    pictures_ND = pictures_ND.float()
+    if config.router_start == "clusters":
+        num_classes = config.num_experts
+        class_N = clusters(pictures_ND, num_classes)
+    else:
+        num_classes = len(config.expert_domains)
+        class_N = _numbers(domains, config.expert_domains).to(pictures_ND.device)
+    weight_CD, bias_C = linear_discriminant(pictures_ND, class_N, num_classes)
+    logits_NC = pictures_ND @ weight_CD.T + bias_C
     scale = LOGIT_SPREAD / logits_NC.std().clamp(min=1e-6)
-    due_EC = config.layout.due_PDE(len(known)).any(0).T.to(weight_CD)
-    due_EC /= due_EC.sum(1, keepdim=True)  # an expert of several domains starts half-way between them
+    due_EC = config.layout.due_PDE(num_classes).any(0).T.to(weight_CD)
+    due_EC /= due_EC.sum(1, keepdim=True)  # an expert of several classes starts half-way between them
     for module in modules:
         (router,) = module.mole_router.values()
         weight, bias, num_experts = router.router.weight, router.router.bias, config.num_experts
         weight[:num_experts, -weight_CD.shape[1] :] = (scale * due_EC @ weight_CD).to(weight)
         bias[:num_experts] = (scale * due_EC @ bias_C).to(bias)
     return (logits_NC.argmax(1) == class_N).float().mean().item()
+
+
+def _numbers(domains: Sequence[str], known: Sequence[str]) -> Tensor:
+    if set(known) != set(domains):
+        raise UserError(
+            f"start_routers needs rows of each of the expert_domains {', '.join(known)} and of no other, got rows of "
+            f"{', '.join(sorted(set(domains)))}."
+        )
+    return torch.tensor([known.index(domain) for domain in domains])
 
 
 def start_rows(domains: Sequence[str], rows: Iterable[int]) -> list[int]:
@@ -78,3 +89,32 @@ def linear_discriminant(features_ND: Tensor, class_N: Tensor, num_classes: int) 
     centre_D = means_CD.mean(0)
     weight_CD = torch.linalg.solve(covariance, (means_CD - centre_D).T).T
     return weight_CD, -(weight_CD * (means_CD + centre_D)).sum(1) / 2
+
+
+def clusters(features_ND: Tensor, num_clusters: int, *, seed: int = 0, tries: int = 10, steps: int = 30) -> Tensor:
+    """[N] the cluster of each row: k-means on standardised features, the best of several starts (Lloyd 1982).
+
+    Raises UserError where there are fewer rows than clusters.
+    """
+    if len(features_ND) < num_clusters:
+        raise UserError(f"{num_clusters} clusters need at least as many rows, got {len(features_ND)}.")
+    features_ND = (features_ND - features_ND.mean(0)) / features_ND.std(0).clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(tries):
+        centres_CD = features_ND[torch.randperm(len(features_ND), generator=generator)[:num_clusters]]
+        for _ in range(steps):
+            distance_NC = torch.cdist(features_ND, centres_CD)
+            nearest_N = distance_NC.argmin(1)
+            lonely_N = distance_NC.min(1).values.argsort(descending=True)  # they restart clusters that ran empty
+            centres_CD = torch.stack(
+                [
+                    features_ND[nearest_N == c].mean(0) if (nearest_N == c).any() else features_ND[lonely_N[c]]
+                    for c in range(num_clusters)
+                ]
+            )
+        if len(nearest_N.unique()) == num_clusters:
+            found.append((distance_NC.min(1).values.square().sum().item(), nearest_N))
+    if not found:
+        raise UserError(f"the pictures do not fall into {num_clusters} clusters; set MoleConfig.router_start='random'.")
+    return min(found, key=lambda each: each[0])[1]

@@ -31,6 +31,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("picture", "It reads the mean embedding of the row's pictures: one decision a row and layer."),
         Option("both", "It reads the two side by side; the default where a model takes pictures."),
     ),
+    "router_start": (
+        Option("domains", "Where routers read the picture: the linear discriminant of the mixture's domains."),
+        Option("clusters", "That of as many clusters of pictures as there are experts; needs no labels."),
+        Option("random", "The framework's initialisation."),
+    ),
     "gate": (
         Option(
             "straight_through", "A pick weighs 1, with the gradient of its probability: the task trains the router."

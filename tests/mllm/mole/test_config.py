@@ -70,8 +70,8 @@ def test_a_wrong_value_is_refused_with_what_is_right(config, said):
         ({"router_temperature": 2.0, "router": "hash_token", "balance": "none"}, "has no router_temperature"),
         ({"z_loss_weight": 0.1, "router": "frozen_random", "balance": "none"}, "z_loss_weight must be 0"),
         (
-            {"expert_domains": ["general"], "domain_loss_weight": 0.0},
-            'expert_domains needs router="oracle_domain", or one that learns and a domain_loss_weight',
+            {"expert_domains": ["general"], "router": "frozen_random", "balance": "none"},
+            'expert_domains needs router="oracle_domain", or one that learns',
         ),
         ({"router": "hash_token", "balance": "none", "router_reads": "both"}, "decides by rule and reads nothing"),
         ({"router_input": "linear", "router_reads": "picture"}, 'router_reads="picture" or "both" needs router_input'),

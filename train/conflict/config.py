@@ -1,0 +1,143 @@
+"""Settings of a conflict study: one regime, all arms. YAML and overrides as `train.config` reads them."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mllm.errors import UserError
+from train.config import OptimSection, Section, read_config, suggest
+from train.conflict.arms import ARMS, GROUPS, Arm, own_arm
+
+
+class BaseSection(Section):
+    """The frozen base that every arm starts from."""
+
+    path: str = "miniworld"  # a llava folder, a hub id, or "miniworld"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    device: str | None = None  # cpu, cuda, cuda:1 …; null: a GPU where there is one
+
+
+class ScenesSection(Section):
+    """Pictures a domain and split."""
+
+    train: int = Field(1000, gt=0)
+    val: int = Field(100, gt=0)
+    test: int = Field(300, gt=0)
+
+
+class MiniworldSection(Section):
+    """Drawn domains, whose conflict is a dial."""
+
+    scenes: ScenesSection = ScenesSection()
+    clash: int = Field(
+        1, ge=0, le=2
+    )  # 0 one convention for all · 1 the built-in ones · 2 look-alikes, all answers clash
+    cue: bool = False  # put the domain's name before the question
+    seed: int = 1  # the embedded base has seen scenes of seed 0
+    folder: Path = Path("runs/conflict/scenes")  # where pictures are drawn to
+
+
+class DataSection(Section):
+    """What is trained and scored: files of your own, or miniworld."""
+
+    train: Path | None = None  # mixture YAML or LLaVA JSON, each row tagged with a domain
+    val: Path | None = None  # chooses the learning rates
+    test: Path | None = None  # scored once an arm and seed
+    miniworld: MiniworldSection | None = None
+    samples_per_domain: int | None = Field(None, gt=0)  # training rows a domain; more are left out at random
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "DataSection":
+        files = [name for name in ("train", "val", "test") if getattr(self, name) is not None]
+        if self.miniworld is not None and (files or self.samples_per_domain):
+            raise ValueError("give train, val and test (and samples_per_domain), or miniworld, not both")
+        if self.miniworld is None and len(files) < 3:
+            raise ValueError(f"give train, val and test ({', '.join(files) or 'none'} given), or miniworld")
+        return self
+
+
+class AdapterSection(Section):
+    """The frame that arms share, fields of MoleConfig; how an arm routes is the arm's (arms.py)."""
+
+    r: int = Field(16, ge=1)  # rank of one expert, and of LoRA
+    lora_alpha: float = Field(32, gt=0)
+    use_rslora: bool = False
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    num_experts: int | None = Field(None, ge=2)  # null: as many as domains
+    balance_loss_weight: float = Field(0.01, ge=0)
+    expert_modules: list[str] | str | None = None  # null: MLP blocks of the language model
+    target_modules: list[str] | str | None = Field(
+        []
+    )  # plain LoRA beside the experts, the same in all arms; null: attention
+
+
+class RunSection(Section):
+    """How long, how often, how many at once."""
+
+    out: Path  # gets runs/, summary.json, README.md, conflict.png and, where something is routed, routing.png
+    arms: str | list[str] = "main"  # names, or main (the seven that answer the question), or all
+    baseline: str = "mix"  # what conflict and recovery are measured from
+    batch_size: int = Field(16, gt=0)
+    eval_batch_size: int = Field(64, gt=0)
+    passes: int = Field(1, gt=0)  # over the training rows
+    lrs: list[float] = Field([1e-3, 3e-3, 1e-2], min_length=1)  # every arm tries these
+    tune_seeds: int = Field(1, gt=0)  # trainings a rate; none of them is scored on test
+    seeds: int = Field(5, gt=0)  # paired trainings that are scored on test
+    threads: int | None = Field(None, gt=0)  # of this process; null: torch decides. Two processes with 1 use two cores
+    limit_minutes: float | None = Field(None, gt=0)  # start no run that would end later; the same command goes on
+
+    @model_validator(mode="after")
+    def positive_rates(self) -> "RunSection":
+        if min(self.lrs) <= 0 or len(set(self.lrs)) < len(self.lrs):
+            raise ValueError(f"lrs must be different rates above 0 (got {self.lrs})")
+        return self
+
+
+class ConflictConfig(Section):
+    """One regime of the study."""
+
+    regime: str | None = None  # its name in reports; null: said from the settings
+    model: BaseSection = BaseSection()
+    data: DataSection
+    adapter: AdapterSection = AdapterSection()
+    optim: OptimSection = OptimSection()  # but lr, which is chosen from run.lrs
+    own_arms: dict[str, dict[str, Any]] = Field({})  # arms of your own: name -> fields of MoleConfig over the frame
+    run: RunSection
+
+    @model_validator(mode="after")
+    def rates_are_tuned(self) -> "ConflictConfig":
+        if "lr" in self.optim.model_fields_set:
+            raise ValueError("optim.lr: every arm's rate is chosen on validation; give the rates to try as run.lrs")
+        if taken := sorted(set(self.own_arms) & (set(ARMS) | set(GROUPS))):
+            raise ValueError(f"own_arms.{taken[0]}: there is an arm of that name already")
+        return self
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms to run, the baseline among them. Raises UserError for a name that is not known."""
+        known = ARMS | {name: own_arm(name, settings) for name, settings in self.own_arms.items()}
+        asked = [self.run.arms] if isinstance(self.run.arms, str) else self.run.arms
+        names = [name for word in [self.run.baseline, *asked] for name in GROUPS.get(word, [word])]
+        for name in names:
+            if name not in known:
+                raise UserError(f"run.arms: no arm {name!r}" + suggest(name, [*known, *GROUPS]))
+        return [arm for name, arm in known.items() if name in names]
+
+    @property
+    def regime_name(self) -> str:
+        """One line that tells this study from another."""
+        if self.regime is not None:
+            return self.regime
+        world, experts = self.data.miniworld, self.adapter.num_experts or "one a domain"
+        data = f"{self.data.train}"
+        if world is not None:
+            data = f"miniworld, clash {world.clash}, {'with' if world.cue else 'no'} cue, {world.scenes.train} scenes"
+        return f"{data}; rank {self.adapter.r}, experts: {experts}"
+
+
+def load_conflict_config(path: str | Path, overrides: list[str] | None = None) -> ConflictConfig:
+    """Raises UserError for whatever is wrong with the settings, arms included."""
+    config = read_config(path, overrides, ConflictConfig)
+    config.arms  # noqa: B018
+    return config

@@ -1,0 +1,116 @@
+"""What a study has to run, in which order, and under which recipe each run is kept."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from train.conflict.arms import Arm, adapter_of, adapter_values
+from train.conflict.config import ConflictConfig
+from train.kept import KeptRuns, digest
+
+FIRST_TUNE_SEED = 1000  # far from the seeds that are scored on test
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of an arm (of `single`, one a domain), scored on `val` or `test`."""
+
+    arm: Arm
+    split: Literal["val", "test"]
+    rate: float  # of the grid, before the arm's own factor
+    seed: int
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.rate * self.arm.rate
+
+
+@dataclass(frozen=True)
+class Study:
+    """A config and the facts its runs' recipes need: of the base ("base") and of the data (`StudyRows.facts`)."""
+
+    config: ConflictConfig
+    facts: dict[str, Any]
+
+    @cached_property
+    def adapters(self) -> dict[str, dict[str, Any] | None]:
+        """Arm -> its fields of MoleConfig. Raises UserError naming an arm whose fields do not go together."""
+        frame = self.config.adapter.model_dump()
+        values = {arm.name: adapter_values(arm, frame, self.facts["domains"]) for arm in self.config.arms}
+        for arm in self.config.arms:
+            adapter_of(arm, values[arm.name])
+        return values
+
+    def recipe(self, job: Job) -> dict[str, Any]:
+        """All that a run's scores follow from."""
+        run, data = self.config.run, self.facts["data"]
+        recipe = {
+            "base": self.facts["base"],
+            "dtype": self.config.model.dtype,
+            "adapter": self.adapters[job.arm.name],
+            "trains": job.arm.trains,
+            "rows": data["train"],
+            "split": job.split,
+            "scored": data[job.split],
+            "optim": self.config.optim.model_dump(exclude={"lr"}),
+            "batch_size": run.batch_size,
+            "passes": run.passes,
+            "lr": job.lr,
+            "seed": job.seed,
+        }
+        return recipe | ({"twice": self.facts["data_twice"]} if job.arm.trains == "twice" else {})
+
+    def name(self, job: Job) -> str:
+        """Readable, and another one for another recipe."""
+        return f"{job.arm.name}-{job.split}-lr{job.lr:g}-s{job.seed}-{digest(self.recipe(job))}"
+
+    def tuning(self, arm: Arm) -> list[Job]:
+        """The trainings that choose the arm's rate; none where there is nothing to choose."""
+        run = self.config.run
+        seeds = range(FIRST_TUNE_SEED, FIRST_TUNE_SEED + run.tune_seeds) if len(run.lrs) > 1 else ()
+        return [Job(arm, "val", rate, seed) for seed in seeds for rate in run.lrs]
+
+    def tuned(self, arm: Arm, kept: KeptRuns) -> dict[float, tuple[float, float]] | None:
+        """Rate -> (exact share, loss) on validation, means over domains and seeds; None before all runs are there."""
+        records = {job: kept.read(self.name(job)) for job in self.tuning(arm)}
+        if None in records.values():
+            return None
+        by_rate: dict[float, list[tuple[float, float]]] = {}
+        for job, record in records.items():
+            by_rate.setdefault(job.rate, []).append((record["exact"], record["loss"]))
+        return {rate: tuple(np.mean(figures, axis=0).tolist()) for rate, figures in by_rate.items()}
+
+    def chosen_rate(self, arm: Arm, kept: KeptRuns) -> float | None:
+        """The best of the grid by exact share, ties by loss; None while that is not known."""
+        if not self.tuning(arm):
+            return self.config.run.lrs[0]
+        tuned = self.tuned(arm, kept)
+        return tuned and min(tuned, key=lambda rate: (-tuned[rate][0], tuned[rate][1]))
+
+    def finals(self, arm: Arm, kept: KeptRuns) -> list[Job]:
+        """The trainings that are scored on test; none while the arm's rate is not known."""
+        rate = self.chosen_rate(arm, kept)
+        return [] if rate is None else [Job(arm, "test", rate, seed) for seed in range(self.config.run.seeds)]
+
+    def ready(self, kept: KeptRuns) -> Iterator[Job]:
+        """What can be run now, finished or not: rates first, then seed by seed, so that what is there is paired."""
+        arms = self.config.arms
+        yield from sorted((job for arm in arms for job in self.tuning(arm)), key=lambda job: job.seed)
+        yield from sorted((job for arm in arms for job in self.finals(arm, kept)), key=lambda job: job.seed)
+
+    def due(self, kept: KeptRuns) -> list[Job]:
+        """What can be run now and is not finished."""
+        return [job for job in self.ready(kept) if kept.read(self.name(job)) is None]
+
+    @property
+    def size(self) -> int:
+        """Runs in all."""
+        return sum(len(self.tuning(arm)) + self.config.run.seeds for arm in self.config.arms)
+
+    def finished(self, kept: KeptRuns) -> int:
+        """Runs that are there."""
+        return sum(kept.read(self.name(job)) is not None for job in self.ready(kept))
