@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from mllm.errors import UserError
 from mllm.mole import MoleConfig, MoleLinear
-from tests.tiny import tiny_language_model
+from tests.tiny import tiny_language_model, tiny_llava
 from train.conflict.arms import ARMS, GROUPS, LORA, adapter_of, adapter_values, own_arm
 from train.conflict.config import AdapterSection
 
@@ -15,8 +15,8 @@ FRAME = AdapterSection(r=2, lora_alpha=4).model_dump()
 INPUT_IDS = torch.arange(24).reshape(2, 12)
 
 
-def adapted(values: dict) -> torch.nn.Module:
-    model = get_peft_model(tiny_language_model(), MoleConfig(**values)).eval()
+def adapted(values: dict, base: torch.nn.Module | None = None) -> torch.nn.Module:
+    model = get_peft_model(base or tiny_language_model(), MoleConfig(**values)).eval()
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if weight.requires_grad and name.endswith(".B"):
@@ -39,7 +39,8 @@ def test_every_arm_makes_an_adapter_for_any_number_of_experts(name, experts):
 
 @pytest.mark.parametrize("name", [name for name in ARMS if name not in ("full", "mole_oracle")])
 def test_every_arm_runs_on_a_model(name):
-    assert adapted(adapter_values(ARMS[name], FRAME, DOMAINS))(INPUT_IDS).logits.isfinite().all()
+    base, _ = tiny_llava()
+    assert adapted(adapter_values(ARMS[name], FRAME, DOMAINS), base)(input_ids=INPUT_IDS).logits.isfinite().all()
 
 
 def test_main_and_all_name_arms_of_the_table():

@@ -127,7 +127,16 @@ def test_a_wrong_setting_is_told_by_key(override, said):
 @pytest.mark.parametrize("name", ["conflict", "conflict_real"])
 def test_the_configs_that_come_with_us_are_valid(name):
     config = load_conflict_config(f"train/configs/{name}.yaml")
-    assert [arm.name for arm in config.arms] == ["single", "mix", "wide", "twice", "mole", "mole_frozen", "mole_oracle"]
+    assert [arm.name for arm in config.arms] == [
+        "single",
+        "mix",
+        "wide",
+        "twice",
+        "mole",
+        "mole_frozen",
+        "mole_oracle",
+        "experts",
+    ]
 
 
 def test_the_baseline_is_always_among_the_arms():
