@@ -92,7 +92,7 @@ _TABLE = (
     Arm("groups", "experts of image tokens, of text tokens and shared ones (MoMa)", _groups),
     Arm("nulls", "null experts (AdaMoE): 4 picks, 5 nulls", PAPER | ADAMOE),
     Arm("combined", "groups, null experts with a shared logit, a target load, z loss", _combined),
-    Arm("experts", "MoleConfig's defaults: routers read token and picture, start from domains, are taught them", _taught()),
+    Arm("experts", "MoleConfig's defaults: routers read the picture, start from domains, are taught them", _taught()),
     Arm("picture", "experts, the router reads the picture alone", _taught(router_reads="picture")),
     Arm("no_start", "experts, the router starts at random", _taught(router_start="random")),
     Arm("only_start", "experts, the domains start the router and teach it no further", _taught(domain_loss_weight=0.0)),
