@@ -76,3 +76,20 @@ def test_a_number_of_nulls_counts_for_each_modality():
 def test_groups_that_make_no_sense_are_refused(groups, nulls, said):
     with pytest.raises(UserError, match=said):
         ExpertLayout.of(2, groups, nulls)
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_domains", "due"),
+    [
+        (ExpertLayout.of(3), 3, [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]),
+        (ExpertLayout.of(4), 3, [[[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]]),
+        (ExpertLayout.of(2), 3, [[[1, 0], [0, 1], [1, 0]]]),
+        (
+            ExpertLayout.of(3, {"text": 1, "image": 1, "shared": 1}, 2),
+            2,
+            [[[1, 0, 0], [0, 0, 1]], [[0, 1, 0], [0, 0, 1]]],
+        ),
+    ],
+)
+def test_experts_are_dealt_to_domains_in_turn_among_those_a_token_may_take(layout, num_domains, due):
+    assert layout.due_PDE(num_domains).int().tolist() == due
