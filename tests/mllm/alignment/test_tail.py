@@ -101,9 +101,11 @@ def test_a_model_that_cannot_be_cut_is_refused(tmp_path):
     model = tiny_mole()
     decoder = model.get_base_model().get_decoder()
     decoder.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, kwargs | {"inputs_embeds": 2 * kwargs["inputs_embeds"]})
-        if kwargs.get("inputs_embeds") is not None
-        else None,
+        lambda _, args, kwargs: (
+            (args, kwargs | {"inputs_embeds": 2 * kwargs["inputs_embeds"]})
+            if kwargs.get("inputs_embeds") is not None
+            else None
+        ),
         with_kwargs=True,
     )
     with pytest.raises(UserError, match="without a cache"):
