@@ -104,7 +104,9 @@ class NullRouter(nn.Module):
         has_nulls = config.num_null_experts > 0
         self.null_weight = nn.Parameter(null_weight, router.weight.requires_grad) if has_nulls else None
         self.register_buffer("e_score_correction_bias", getattr(router, "e_score_correction_bias", None))
-        self.edit_logits: Callable[[Tensor], Tensor] | None = None  # put between logits and choice, see alignment.mixing
+        self.edit_logits: Callable[[Tensor], Tensor] | None = (
+            None  # put between logits and choice, see alignment.mixing
+        )
         self.train(router.training)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
