@@ -219,7 +219,7 @@ def neighbours_among(run: AlignmentRun, embeddings_NM: Tensor, answers: list[Ans
 
 def choose_weight(run: AlignmentRun, embeddings_NM: Tensor, answers: list[Answer]) -> tuple[Aligner, list[dict]]:
     """Trains with every λ and keeps the one with the least loss on held-out answers; the model has its routers."""
-    fits = {name for name in (field.name for field in fields(AlignSettings))} - {"weight", "layers"}
+    fits = {field.name for field in fields(AlignSettings)} - {"weight", "layers"}
     settings = AlignSettings(layers=layers_of(run.config), **run.config.align.model_dump(include=fits))
     neighbours = neighbours_among(run, embeddings_NM, answers) if settings.regulariser == "neighbours" else None
     choice, best = [], None

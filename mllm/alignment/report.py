@@ -109,7 +109,7 @@ def alignment_tables(report: Mapping) -> Iterator[Titled]:
 
 
 def project(vectors_NR: Tensor, *, seed: int = 0) -> tuple[Tensor, str]:
-    """Vectors in the plane [N, 2], and by what: scikit-learn's t-SNE where it is installed, else principal components."""
+    """Vectors in the plane [N, 2], and by what: t-SNE where scikit-learn is installed, else principal components."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
