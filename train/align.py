@@ -1,7 +1,8 @@
 """Stage align_routers, on one rank: routers of an adapter that is there learn to route like neighbours (RoMA).
 
 What is dear is kept under `<output_dir>/work`: the answers that tell who succeeded, and the states entering the first
-trained layer. A run that was interrupted takes both from there; the training itself is short and starts again.
+trained layer. A run that was interrupted takes both from there; the training itself is short and starts again, so there
+are no checkpoints. Settings of other stages (`data.workers`, `model.gradient_checkpointing`, …) have no meaning here.
 
 N rows, R length of a routing vector.
 """
@@ -9,7 +10,7 @@ N rows, R length of a routing vector.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -261,12 +262,14 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours | None, em
     config = run.config
     steps = config.run.steps or math.ceil(config.run.epochs * run.num_trained / config.run.batch_size)
     feed = Feed(run.data, neighbours if aligner.settings.needs_neighbours else None)
-    orders = [row_order(run.trained_rows, steps, config.run.batch_size, config.run.seed) for _ in range(2)]
-    calibrate(run, aligner, feed, orders[0])
+    # the same rows on all ranks, so that all have the same scale; targets kept as a table are alive for it
+    first = row_order(run.trained_rows, CALIBRATION_BATCHES, config.run.micro_batch_size, config.run.seed)
+    aligner.calibrate(feed.batch(rows) for rows in first)
+    order = row_order(run.trained_rows, steps, config.run.batch_size, config.run.seed)
     engine = make_engine(config, aligner, steps)
     per_epoch, losses = -(-run.num_trained // config.run.batch_size), []
     refresh = refresher(run, embeddings_NM) if config.align.refresh_success else None
-    bar = tqdm(orders[1], total=steps, desc=f"λ = {aligner.settings.weight:g}", disable=ranks.rank() > 0)
+    bar = tqdm(order, total=steps, desc=f"λ = {aligner.settings.weight:g}", disable=ranks.rank() > 0)
     for step, rows in enumerate(bar):
         if step % per_epoch == 0:
             begin_epoch(aligner, feed, step // per_epoch, refresh)
@@ -276,12 +279,6 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours | None, em
             log(run, aligner, step + 1, torch.stack(losses).mean(0))
             losses = []
     engine.destroy()
-
-
-def calibrate(run: AlignmentRun, aligner: Aligner, feed: Feed, order: Iterator[list[int]]) -> None:
-    """The same scale on all ranks: each takes the same rows. Targets kept as a table are alive for it."""
-    batches = [rows for rows, _ in zip(order, range(CALIBRATION_BATCHES), strict=False)]
-    aligner.calibrate(feed.batch(rows) for rows in batches)
 
 
 def make_engine(config: TrainConfig, aligner: Aligner, steps: int) -> deepspeed.DeepSpeedEngine:

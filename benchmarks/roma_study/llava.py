@@ -71,10 +71,13 @@ class LlavaPart:
         """Rows for seeds to draw from, twice as many as they take, and test rows."""
         train, test = (list(Source(self.data / f"{split}.json")) for split in ("train", "test"))
         drawn = np.random.default_rng(0).permutation(len(train))[: 2 * (self.train + self.validation)]
-        missing = set(HELD_OUT[self.name]) - {self.family(row) for row in test}
+        tested = [test[row] for row in np.random.default_rng(1).permutation(len(test))[: self.test]]
+        missing = set(HELD_OUT[self.name]) - {self.family(row) for row in tested}
         if missing:
-            raise UserError(f"{self.data}/test.json has no rows of the held-out families {', '.join(sorted(missing))}.")
-        return [train[row] for row in drawn], test[: self.test]
+            raise UserError(
+                f"{self.data}/test.json: no rows among {self.test} are of the held-out families {', '.join(sorted(missing))}."
+            )
+        return [train[row] for row in drawn], tested
 
     @cached_property
     def _prepared(self) -> tuple[Any, CachedStates, torch.Tensor, torch.Tensor]:
