@@ -127,10 +127,11 @@ def run_alignment(config: TrainConfig, mixture: Mixture) -> None:
     embeddings_NM = centred(embeddings_NM, embeddings_NM[: run.num_trained].mean(0))
     if config.align.cache:
         run = replace(run, data=cached(run))
+    true = neighbours_among(run, embeddings_NM, answers)
     aligner, choice = choose_weight(run, embeddings_NM, answers)
     after = run.answers(run.held_out, "after-held-out", stamp=digest([run.stamp, weights_digest(aligner)]))
     if ranks.rank() == 0:
-        report = make_report(run, aligner, neighbours_among(run, embeddings_NM, answers), before, after, choice)
+        report = make_report(run, aligner, true, before, after, choice)
         save(run, aligner)
         show(run, report)
     barrier()
@@ -201,8 +202,13 @@ def embed_rows(run: AlignmentRun, rows: range) -> Tensor:
     )  # fmt: skip
 
 
-def neighbours_among(run: AlignmentRun, embeddings_NM: Tensor, answers: list[Answer]) -> Neighbours:
-    """Of every row, held-out ones too; neighbours are rows to learn from, by default those answered correctly."""
+def neighbours_among(
+    run: AlignmentRun, embeddings_NM: Tensor, answers: list[Answer], *, random: bool = False
+) -> Neighbours:
+    """Of every row, held-out ones too; neighbours are rows to learn from, by default those answered correctly.
+
+    `random` draws others in their place, with their weights.
+    """
     align = run.config.align
     candidates_N = torch.zeros(len(embeddings_NM), dtype=torch.bool)
     is_right = successful(answers, least_grade=align.least_grade) if align.only_successful else True
@@ -210,9 +216,7 @@ def neighbours_among(run: AlignmentRun, embeddings_NM: Tensor, answers: list[Ans
     found = nearest(
         embeddings_NM, candidates_N=candidates_N, k=align.neighbours, radius=align.radius, sigma=align.sigma
     )
-    if align.random_neighbours:
-        return found.shuffled(candidates_N, torch.Generator().manual_seed(run.config.run.seed))
-    return found
+    return found.shuffled(candidates_N, torch.Generator().manual_seed(run.config.run.seed)) if random else found
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def choose_weight(run: AlignmentRun, embeddings_NM: Tensor, answers: list[Answer
     """Trains with every λ and keeps the one with the least loss on held-out answers; the model has its routers."""
     fits = {field.name for field in fields(AlignSettings)} - {"weight", "layers"}
     settings = AlignSettings(layers=layers_of(run.config), **run.config.align.model_dump(include=fits))
-    neighbours = neighbours_among(run, embeddings_NM, answers) if settings.regulariser == "neighbours" else None
+    neighbours = neighbours_among(run, embeddings_NM, answers, random=run.config.align.random_neighbours)
     choice, best = [], None
     weights = run.config.align.weights if settings.regulariser != "none" else [0.0]
     for weight in weights:
@@ -257,7 +261,7 @@ def renew(aligner: Aligner, weights: dict[str, Tensor]) -> None:
             setattr(owner, name, nn.Parameter(fresh))
 
 
-def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours | None, embeddings_NM: Tensor) -> None:
+def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embeddings_NM: Tensor) -> None:
     """One λ, on DeepSpeed's engine."""
     config = run.config
     steps = config.run.steps or math.ceil(config.run.epochs * run.num_trained / config.run.batch_size)
@@ -320,7 +324,7 @@ def refresher(run: AlignmentRun, embeddings_NM: Tensor) -> Callable[[Aligner, in
     def refresh(aligner: Aligner, epoch: int) -> Neighbours:
         name = f"epoch-{epoch}-weight-{aligner.settings.weight:g}"
         answers = run.answers(run.trained_rows, name, stamp=digest([run.stamp, weights_digest(aligner)]))
-        return neighbours_among(run, embeddings_NM, answers)
+        return neighbours_among(run, embeddings_NM, answers, random=run.config.align.random_neighbours)
 
     return refresh
 
@@ -346,7 +350,7 @@ def log(run: AlignmentRun, aligner: Aligner, step: int, losses: Tensor) -> None:
 def make_report(
     run: AlignmentRun,
     aligner: Aligner,
-    neighbours: Neighbours,
+    true: Neighbours,
     before: list[Answer],
     after: list[Answer],
     choice: list[dict],
@@ -365,7 +369,7 @@ def make_report(
     return {
         "settings": asdict(aligner.settings),
         "trained_parameters": sum(weight.numel() for weight in final.values()),
-        "consistency": {when: consistency(table, neighbours, held_out) for when, table in vectors.items()},
+        "consistency": {when: consistency(table, true, held_out) for when, table in vectors.items()},
         "layers": moved_layers(
             *(each[held_out] for each in vectors.values()), sizes, aligner.names, aligner.initial, final
         ),

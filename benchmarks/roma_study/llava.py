@@ -74,9 +74,8 @@ class LlavaPart:
         tested = [test[row] for row in np.random.default_rng(1).permutation(len(test))[: self.test]]
         missing = set(HELD_OUT[self.name]) - {self.family(row) for row in tested}
         if missing:
-            raise UserError(
-                f"{self.data}/test.json: no rows among {self.test} are of the held-out families {', '.join(sorted(missing))}."
-            )
+            names = ", ".join(sorted(missing))
+            raise UserError(f"{self.data}/test.json: no rows among {self.test} are of the held-out families {names}.")
         return [train[row] for row in drawn], tested
 
     @cached_property

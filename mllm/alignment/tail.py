@@ -3,7 +3,7 @@
 Routers of the last layers cannot change what comes before them, so an epoch of router training needs the layers from
 the first trained one on and nothing else. States are kept in the model's own type (bf16 for a bf16 base), which loses
 nothing; padding is not kept. In the batches in which they were made, cached equals uncached to the last bit in fp32; in
-other batches as far as one model's results depend on the batch (a few 1e-6 of the logits).
+other batches as far as a model's own results depend on what it is batched with.
 
 B batch, S sequence, T tokens of a shard, D width, P positions, V vocabulary, N rows.
 """
