@@ -104,11 +104,16 @@ class NullRouter(nn.Module):
         has_nulls = config.num_null_experts > 0
         self.null_weight = nn.Parameter(null_weight, router.weight.requires_grad) if has_nulls else None
         self.register_buffer("e_score_correction_bias", getattr(router, "e_score_correction_bias", None))
+        self.edit_logits: Callable[[Tensor], Tensor] | None = (
+            None  # put between logits and choice, see alignment.mixing
+        )
         self.train(router.training)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [..., D] -> router_logits [T, X], expert_weights [T, K], expert_ids [T, K] with E for every null."""
         logits_TX = self._logits(hidden.reshape(-1, self.weight.shape[1]))
+        if self.edit_logits is not None:
+            logits_TX = self.edit_logits(logits_TX)
         scores_TX = self.family.scores(logits_TX)
         ids_TK = self._choose(scores_TX)
         is_taken_TK = torch.ones_like(ids_TK, dtype=torch.bool)

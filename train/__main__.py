@@ -62,7 +62,12 @@ def train(config: TrainConfig) -> None:
     folder = config.run.output_dir
     is_new = not folder.exists()
     try:
-        run_stage(config, mixture)
+        if config.stage == "align_routers":
+            from train.align import run_alignment
+
+            run_alignment(config, mixture)
+        else:
+            run_stage(config, mixture)
     except UserError:
         if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
             shutil.rmtree(folder, ignore_errors=True)

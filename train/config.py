@@ -102,15 +102,66 @@ class DeepSpeedSection(Section):
         return self
 
 
-class TrainConfig(Section):
-    """One stage of training. `align` fits the projector alone; `instruct` fits an adapter (and the projector)."""
+class AlignSection(Section):
+    """Stage align_routers (RoMA, 2511.07419): which routers, drawn to which neighbours, how strongly."""
 
-    stage: Literal["align", "instruct"]
+    layers: int | list[int] = 5  # the last so many decoder layers (all, where they are fewer), or their numbers from 0
+    token: Literal["last", "first", "middle", "last3", "mean"] = "last"  # of the prompt: whose routing is compared
+    space: Literal["probs", "logits"] = "probs"
+    regulariser: Literal["none", "neighbours", "initial", "entropy"] = "neighbours"
+    weight: float | list[float] = 1.0  # λ; 1 weighs as much as the answers at the start; of a list validation chooses
+    weight_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which λ rises from 0
+    targets: Literal["live", "stop", "table", "detached_both"] = "live"  # whose vectors get gradients
+    dense_gradient: bool = False  # experts that were not picked give routers a gradient too (DenseMixer's idea)
+    embedding: str = "base"  # base · clip:NAME[,WEIGHTS] · sentence-transformers:NAME
+    neighbours: int = Field(3, ge=1)  # k; with radius, at most so many
+    radius: float | None = Field(None, gt=0)  # ε, a distance of unit vectors
+    sigma: float | None = Field(None, gt=0)  # of the Gaussian kernel; null: the median distance of the k-th neighbour
+    only_successful: bool = True  # only what the model answers correctly may be a neighbour
+    least_grade: float = Field(1.0, gt=0, le=1)  # what counts as correct, by the source's own metric
+    refresh_success: bool = False  # ask anew what is answered correctly when an epoch begins
+    random_neighbours: bool = False  # the control: any others, with the weights of the true neighbours
+    samples: int | None = Field(2000, ge=2)  # rows taken from the mixture, before some are held out; null: all
+    validation: Path | None = None  # rows to validate on; null: held out from those taken
+    validation_share: float = Field(0.1, gt=0, lt=1)
+    cache: bool = True  # keep the states entering the first trained layer on disk, and run only what follows
+
+    @property
+    def weights(self) -> list[float]:
+        """The λ to try."""
+        return self.weight if isinstance(self.weight, list) else [self.weight]
+
+    @model_validator(mode="after")
+    def something_to_try(self) -> "AlignSection":
+        if not self.weights or min(self.weights) < 0:
+            raise ValueError("weight must be a number of at least 0, or a list of them")
+        return self
+
+
+class TrainConfig(Section):
+    """One stage of training. `align` fits the projector alone; `instruct` an adapter (and the projector);
+    `align_routers` the routers of an adapter that is there."""
+
+    stage: Literal["align", "instruct", "align_routers"]
     model: ModelSection
     data: DataSection
     run: RunSection
     optim: OptimSection = OptimSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
+    align: AlignSection = AlignSection()  # of stage align_routers
+
+    @model_validator(mode="after")
+    def routers_to_align(self) -> "TrainConfig":
+        if self.stage != "align_routers":
+            return self
+        if self.model.adapter is not None or self.model.start_from is None:
+            raise ValueError(
+                "stage align_routers goes on with a MoLE adapter: give its folder as model.start_from, and no"
+                " model.adapter"
+            )
+        if self.deepspeed.zero == 3:
+            raise ValueError("stage align_routers trains a few thousand weights: set deepspeed.zero to 0, 1 or 2")
+        return self
 
     @model_validator(mode="after")
     def stage_fits_adapter(self) -> "TrainConfig":

@@ -1,0 +1,120 @@
+"""Runs a part of the study, as far as time allows, and reports what is there; see the package's docstring."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.roma_study.analysis import WHERE, analyse
+from benchmarks.roma_study.arms import ARMS
+from benchmarks.roma_study.llava import LlavaPart
+from benchmarks.roma_study.native import NativePart
+from benchmarks.roma_study.runs import Part, RunFolder, run_arm
+from benchmarks.store import RESULTS
+from mllm.console import quieten
+from mllm.evaluation.tables import markdown, print_tables
+
+console = Console(width=None if sys.stdout.isatty() else 130)
+
+
+def main(
+    part: Annotated[Literal["native", "miniworld", "real", "report"], typer.Option(help="Which, or just the report.")],
+    base: Annotated[str, typer.Option(help="Base model of a LLaVA part.")] = "miniworld",
+    adapter: Annotated[Path | None, typer.Option(help="Its trained MoLE adapter.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with train.json and test.json.")] = None,
+    seeds: Annotated[int, typer.Option(help="Paired seeds, from 0 on.")] = 5,
+    limit_minutes: Annotated[float, typer.Option(help="Start no run that would end later than this.")] = 45.0,
+    out: Annotated[Path, typer.Option(help="Where results go; runs are kept in its folder runs/.")] = RESULTS
+    / "roma_study",
+) -> None:
+    """Align every arm for every seed and measure it; what is there already, by the same recipe, is passed over."""
+    quieten()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    runs = RunFolder(out / "runs")
+    if part == "native":
+        carry_out(NativePart(), runs, seeds, limit_seconds=60 * limit_minutes)
+    elif part != "report":
+        if adapter is None or data is None:
+            raise typer.BadParameter(f"--part {part} needs --adapter and --data.")
+        carry_out(LlavaPart(part, base, adapter, data), runs, seeds, limit_seconds=60 * limit_minutes)
+    report(runs, out)
+
+
+def carry_out(part: Part, runs: RunFolder, seeds: int, *, limit_seconds: float) -> int:
+    """Seed by seed, so that what is there when time is over is paired. Returns how many runs were made."""
+    due = [(seed, arm) for seed in range(seeds) for arm in ARMS if not runs.is_done(part, arm, seed)]
+    began, made, task, task_seed, started = time.monotonic(), 0, None, None, None
+    for seed, arm in due:
+        now = time.monotonic()
+        if started is not None and now - began + (now - started) / max(made, 1) > limit_seconds:
+            console.print(f"Time is over with {len(due) - made} runs left; the same command goes on with them.")
+            break
+        if seed != task_seed:
+            task, task_seed = part.task(seed), seed
+        started, clock = started or time.monotonic(), time.process_time()
+        measured = run_arm(task, arm, part.sizes, seed)
+        runs.keep(part, arm, seed, task, measured, time.process_time() - clock)
+        made += 1
+        rate = (time.monotonic() - started) / made
+        right = measured.scores.exact_N.double().mean().item()
+        console.print(
+            f"{part.name} {arm.name} seed {seed}: right {100 * right:.2f} %, trial {measured.trial}; "
+            f"{rate:.0f} s a run, {(len(due) - made) * rate / 60:.0f} min to go"
+        )
+    return made
+
+
+def report(runs: RunFolder, out: Path) -> None:
+    """Tables of every part with a complete seed, printed and written with the figures."""
+    tables, figures = [], {}
+    for name in ("native", "miniworld", "real"):
+        complete = [seed for seed in range(100) if all(runs.read(name, arm.name, seed) for arm in ARMS)]
+        if complete:
+            figures[name] = analyse({arm.name: [runs.read(name, arm.name, seed) for seed in complete] for arm in ARMS})
+            tables += part_tables(name, figures[name])
+    if not tables:
+        console.print("No seed is complete yet: run a part first, or go on with it.")
+        return
+    notes = [
+        "Per cent of test questions right to the letter, mean over families and seeds; 95 % t-intervals over seeds."
+    ]
+    print_tables(tables, notes)
+    (out / "README.md").write_text(markdown("Router alignment: the study", tables, notes), encoding="utf-8")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def part_tables(name: str, figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Arms, then the claim."""
+    heads = ["arm", *(f"{where}{what}" for where in WHERE for what in ("", " − base")), "nearest / random, after"]
+    rows = []
+    for arm, each in figures["arms"].items():
+        cells = [(f"{100 * each[where]['score']:.2f}", points(each[where]["to_base"])) for where in WHERE]
+        rows.append([arm, *(text for pair in cells for text in pair), f"{each['consistency']['after']:.3f}"])
+    claim = [
+        [f"true − {rival}", where, points(test), f"{test['p_holm']:.3f}", f"{test['mcnemar_p']:.3f}"]
+        for where, tests in figures["claim"].items()
+        for rival, test in tests.items()
+    ]
+    title = f"Part {name}, {figures['seeds']} seeds"
+    return [
+        (title, heads, rows),
+        (f"{title}: the claim", ["difference", "families", "points", "p (Holm)", "McNemar"], claim),
+    ]
+
+
+def points(test: dict[str, float]) -> str:
+    """A difference in percentage points with its interval."""
+    return f"{100 * test['difference']:+.2f} [{100 * test['ci_low']:+.2f}, {100 * test['ci_high']:+.2f}]"
+
+
+if __name__ == "__main__":
+    typer.run(main)

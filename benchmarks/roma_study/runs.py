@@ -1,0 +1,198 @@
+"""One arm for one seed: its trials, the one validation chose, and what that does on test rows; kept so that a study can
+go on where it stopped.
+
+N rows, M width of an embedding, R length of a routing vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.roma_study.arms import Arm
+from benchmarks.roma_study.lora import train_lora
+from mllm.alignment import (
+    Aligner,
+    AlignmentData,
+    AlignSettings,
+    Neighbours,
+    align_routers,
+    mixing,
+    nearest,
+    neighbours_mean,
+    sample_vectors,
+    score,
+)
+from mllm.alignment.report import consistency
+from mllm.alignment.success import Scores
+from mllm.alignment.vectors import vector_sizes
+from mllm.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its rows, numbered through. `family_N` names each row's; `held_out` are families not trained on.
+
+    `embeddings_NM` are the base's, centred by the training rows; `succeeded_N` who is answered correctly before.
+    """
+
+    model: nn.Module
+    data: AlignmentData
+    train: Sequence[int]
+    validation: Sequence[int]
+    test: Sequence[int]
+    family_N: Sequence[str]
+    held_out: tuple[str, ...]
+    embeddings_NM: Tensor
+    succeeded_N: Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long and how wide every arm of a part is aligned."""
+
+    steps: int = 150
+    batch_size: int = 32
+    layers: int = 5
+    neighbours: int = 3
+
+
+class Part(Protocol):
+    """Where tasks come from; `name` begins the names of its runs."""
+
+    name: str
+    sizes: Sizes
+
+    def recipe(self) -> dict[str, Any]:
+        """All that a run's figures follow from besides arm and seed, as JSON values."""
+
+    def task(self, seed: int) -> Task:
+        """The seed's model and rows; made once, kept on disk where it is dear."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`right` and `loss` of every test row, and figures of the run."""
+
+    figures: dict[str, float]
+    trial: dict[str, float]
+    scores: Scores
+
+
+def run_arm(task: Task, arm: Arm, sizes: Sizes, seed: int) -> Measured:
+    """The model is afterwards as it was before."""
+    settings = AlignSettings(layers=sizes.layers, **arm.settings)
+    aligner = Aligner(task.model, settings)
+    neighbours = _neighbours(task, arm.pool or "true", sizes, seed)
+    before_NR = sample_vectors(task.model, task.data, aligner.layers)
+    best: tuple[float, dict[str, float], Scores, dict[str, float]] | None = None
+    for trial in arm.trials or ({},):
+        around, undo = _learn(task, arm, aligner, neighbours, sizes, seed, trial, before_NR)
+        loss = score(task.model, task.data, task.validation, around=around).loss_N.mean().item()
+        if best is None or loss < best[0]:
+            tested = score(task.model, task.data, task.test, around=around)
+            after_NR = sample_vectors(task.model, task.data, aligner.layers)
+            true = neighbours if arm.pool == "true" else _neighbours(task, "true", sizes, seed)
+            figures = {f"{when}/{key}": value for when, table in (("before", before_NR), ("after", after_NR))
+                       for key, value in consistency(table, true, task.test).items()}  # fmt: skip
+            best = loss, trial, tested, figures
+        undo()
+    loss, trial, tested, figures = best
+    figures |= {"validation_loss": loss, "weights": sum(p.numel() for p in aligner.trained().values())}
+    return Measured(figures, trial, tested)
+
+
+def _neighbours(task: Task, pool: str, sizes: Sizes, seed: int) -> Neighbours:
+    """Of all rows, among the training rows that the arm takes."""
+    candidates_N = torch.zeros(len(task.embeddings_NM), dtype=torch.bool)
+    candidates_N[list(task.train)] = True
+    if pool != "any":
+        candidates_N &= task.succeeded_N
+    found = nearest(task.embeddings_NM, candidates_N=candidates_N, k=sizes.neighbours)
+    return found.shuffled(candidates_N, torch.Generator().manual_seed(seed)) if pool == "random" else found
+
+
+def _learn(
+    task: Task, arm: Arm, aligner: Aligner, neighbours: Neighbours, sizes: Sizes, seed: int, trial: dict[str, float],
+    before_NR: Tensor,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Trains the trial; returns what its scoring is done within, and how to undo it."""
+    common = {"rows": task.train, "steps": sizes.steps, "batch_size": sizes.batch_size, "seed": seed}
+    if arm.name == "base":
+        return None, lambda: None
+    if arm.name == "mixing":
+        targets_NR = neighbours_mean(neighbours, before_NR)
+        sizes_L = vector_sizes(task.model, aligner.layers)
+        return mixing(aligner.layers, targets_NR, sizes_L, alpha=trial["alpha"]), lambda: None
+    if arm.name == "lora":
+        weights = sum(p.numel() for p in aligner.trained().values())
+        return None, train_lora(task.model, task.data, aligner.layers, weights, lr=trial["lr"], **common).remove
+    settings = AlignSettings(layers=sizes.layers, weight=trial.get("weight", 1.0), **arm.settings)
+    align_routers(task.model, task.data, settings, neighbours=neighbours, lr=trial["lr"], **common)
+    return None, lambda: aligner.set_weights(aligner.initial)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<part>-<arm>-s<seed>.json` with the figures, and `.npz` beside it with what every test row got."""
+
+    folder: Path
+
+    def is_done(self, part: Part, arm: Arm, seed: int) -> bool:
+        """Whether the run is there, and was made by the same recipe."""
+        path = self.path(part, arm, seed)
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["recipe"] == digest(part, arm, seed)
+
+    def keep(self, part: Part, arm: Arm, seed: int, task: Task, measured: Measured, seconds: float) -> None:
+        """Writes the run, whole or not at all: the JSON comes last, and by renaming."""
+        path = self.path(part, arm, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        families = np.array([task.family_N[row] for row in task.test])
+        np.savez_compressed(
+            path.with_suffix(".npz"), right=measured.scores.exact_N.numpy(), family=families,
+            loss=measured.scores.loss_N.numpy().astype(np.float32), is_held_out=np.isin(families, task.held_out),
+        )  # fmt: skip
+        record = {
+            "recipe": digest(part, arm, seed),
+            "part": part.name,
+            "arm": asdict(arm),
+            "seed": seed,
+            "settings": part.recipe() | asdict(part.sizes),
+            "trial": measured.trial,
+            "figures": measured.figures,
+            "processor_seconds": round(seconds, 1),
+            "made": provenance(),
+        }
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+
+    def read(self, part_name: str, arm: str, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """The record and the rows' arrays of a run, None where there is none."""
+        path = self.folder / f"{part_name}-{arm}-s{seed}.json"
+        if not path.is_file():
+            return None
+        with np.load(path.with_suffix(".npz")) as arrays:
+            return json.loads(path.read_text(encoding="utf-8")), dict(arrays)
+
+    def path(self, part: Part, arm: Arm, seed: int) -> Path:
+        """Where a run is kept."""
+        return self.folder / f"{part.name}-{arm.name}-s{seed}.json"
+
+
+def digest(part: Part, arm: Arm, seed: int) -> str:
+    """A short name of the recipe."""
+    recipe = json.dumps([part.recipe(), asdict(part.sizes), asdict(arm), seed], sort_keys=True)
+    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
