@@ -25,7 +25,8 @@ from train.launch import launch
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 SPLIT_ALL = "deepspeed.persist_below=0"  # else ZeRO-3 would leave weights as small as these whole
-ROUTINGS = ("mole", "adamoe", "moma_groups", "combined", "experts")  # shipped configs that differ in model.adapter alone
+# shipped configs that differ in model.adapter alone
+ROUTINGS = ("mole", "adamoe", "moma_groups", "combined", "experts")
 
 
 @pytest.fixture(scope="module")

@@ -166,8 +166,8 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     if not summary["hurts"]["mean"]:
         helps = conflict["mean"]["ci_high"] < 0
         return [
-            f"Mixing does not hurt here ({SINGLE} − {base}: {points} points on the mean of domains"
-            f"{', so mixing helps' if helps else ''}): there is nothing to recover, and no method can recover it.",
+            f"No conflict is shown: mixing does not hurt here beyond chance ({SINGLE} − {base}: {points} points on the "
+            f"mean of domains{', so it helps' if helps else ''}). There is nothing to recover, and no method can help.",
             *_hurt_domains(summary),
         ]
     said = [f"Mixing hurts: {SINGLE} − {base} is {points} points on the mean of domains.", *_hurt_domains(summary)]
@@ -193,6 +193,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
         for split, counts in facts["rows"].items()
     )
     said = [
+        "Arms: " + "; ".join(f"{name}: {arm['says']}" for name, arm in summary["arms"].items()) + ".",
         "Per cent of answers right to the letter, told by teacher forcing: every answer token, its end included, is "
         "the most probable one, so greedy decoding gives that answer. Intervals: 95 %, bootstrap of "
         f"{summary['bootstrap']['resamples']:,} over seeds and pictures together; p by the same, Holm over arms; "
@@ -219,7 +220,6 @@ def _is_at_edge(arm: dict[str, Any]) -> bool:
 
 def tables(summary: dict[str, Any]) -> Iterator[Titled]:
     """(title, heads, rows) of each table."""
-    yield "Arms", ["arm", "what it is"], [[name, arm["says"]] for name, arm in summary["arms"].items()]
     yield "Score per domain", *_scores_table(summary, "domains")
     any_arm = next(iter(summary["arms"].values()))
     if set(any_arm["sources"]) != set(any_arm["domains"]):

@@ -41,14 +41,14 @@ def test_the_first_sentence_says_that_mixing_hurts_and_the_last_who_recovers_mos
 
 def test_where_mixing_does_not_hurt_the_report_says_that_nothing_can_be_recovered(tmp_path):
     summary = reported(tmp_path, dict.fromkeys(SHARES, 0.7), seeds=1)
-    assert sentences(summary)[0].startswith("Mixing does not hurt here")
-    assert "no method can recover it" in (tmp_path / "README.md").read_text()
+    assert sentences(summary)[0].startswith("No conflict is shown: mixing does not hurt here")
+    assert "no method can help" in (tmp_path / "README.md").read_text()
     assert all(set(row[1:]) == {"–"} for row in table(summary, "Conflict and recovery")[1:])
 
 
 def test_where_mixing_helps_the_report_says_so(tmp_path):
     summary = reported(tmp_path, SHARES | {"single": 0.2, "mix": 0.9})
-    assert "so mixing helps" in sentences(summary)[0]
+    assert "so it helps" in sentences(summary)[0]
 
 
 def test_without_single_no_conflict_is_claimed(tmp_path):
