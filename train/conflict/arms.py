@@ -38,6 +38,7 @@ ALL_EXPERTS |= {"expert_path": "masked"}
 
 # The papers' routers see the token alone, start at random and are told no domain.
 PAPER = {"router_reads": "token", "domain_loss_weight": 0.0}
+FROZEN = {"router": "frozen_random", "balance": "none"}
 RELEASED = {"gate": "none", "balance": "sample"}
 ADAMOE = {"top_k": 4, "num_null_experts": 5, "gate": "softmax"}
 
@@ -83,7 +84,7 @@ _TABLE = (
     Arm("mole", "experts as LLaVA-MoLE claims them; straight-through gate, balance over the whole batch", PAPER),
     Arm("mole_softmax", "mole, the pick weighed by its probability", PAPER | {"gate": "softmax"}),
     Arm("mole_released", "mole, as released: no gate, balance in each sample", PAPER | RELEASED),
-    Arm("mole_frozen", "mole, a random router that never learns", PAPER | {"router": "frozen_random", "balance": "none"}),
+    Arm("mole_frozen", "mole with a random router that never learns", PAPER | FROZEN),
     Arm("mole_oracle", "mole, the sample's domain told, in use too: an expert a domain", _oracle),
     Arm("mole_linear", "mole, a router for every linear", PAPER | {"router_input": "linear"}),
     Arm("balance_none", "mole without balance", PAPER | {"balance": "none"}),
