@@ -489,8 +489,12 @@ def test_null_experts_are_refused_on_another_base_which_stays_as_it_was(tmp_path
 
 
 def test_null_experts_fit_a_base_loaded_in_another_precision(tmp_path):
-    native_moe.save_null_experts(with_nulls(), tmp_path)
-    native_moe.load_null_experts(tiny_moe().to(torch.bfloat16), tmp_path)
+    saved = with_nulls()
+    native_moe.save_null_experts(saved, tmp_path)
+    loaded = tiny_moe().to(torch.bfloat16)
+    native_moe.load_null_experts(loaded, tmp_path)
+    expected = saved.to(torch.bfloat16)(INPUT_IDS).logits
+    assert torch.equal(loaded(INPUT_IDS).logits, expected)
 
 
 def test_null_experts_of_a_deeper_base_are_refused(tmp_path):
