@@ -102,7 +102,7 @@ class DeepSpeedSection(Section):
 class TrainConfig(Section):
     """One stage of training. `align` fits the projector alone; `instruct` fits an adapter (and the projector)."""
 
-    stage: Literal["align", "instruct"]
+    stage: Literal["align", "instruct"]  # those of the early-fusion model: see train/moma/config.py
     model: ModelSection
     data: DataSection
     run: RunSection
@@ -122,8 +122,10 @@ class TrainConfig(Section):
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
     """Read a run's YAML and apply `section.key=value` overrides, whose values are parsed as YAML.
+
+    A TrainConfig, or for the stages of the early-fusion model one of `train.moma.config`.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (the nearest known one is named) or a value that does not fit.
@@ -131,10 +133,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     values = read_yaml(Path(path))
     for override in overrides or []:
         apply_override(values, override)
+    settings = settings_of(values.get("stage"))
     try:
-        return TrainConfig.model_validate(values)
+        return settings.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(explain(problem) for problem in error.errors())) from None
+        raise UserError(f"{path}: " + "; ".join(explain(problem, settings) for problem in error.errors())) from None
+
+
+def settings_of(stage: object) -> type[Section]:
+    """The class that checks a stage's settings."""
+    from train.moma.config import SETTINGS  # it builds on this file
+
+    return SETTINGS.get(stage, TrainConfig) if isinstance(stage, str) else TrainConfig
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -173,11 +183,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[keys[-1]] = value
 
 
-def explain(problem: dict[str, Any]) -> str:
+def explain(problem: dict[str, Any], settings: type[Section] | None = None) -> str:
     """One pydantic error as a sentence with the dotted key and, for an unknown key, the nearest known name."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}" + suggest(str(problem["loc"][-1]), known_keys(problem["loc"][:-1]))
+        return f"unknown key {key}" + suggest(str(problem["loc"][-1]), known_keys(problem["loc"][:-1], settings))
     if problem["type"] == "missing":
         return f"key {key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -186,9 +196,9 @@ def explain(problem: dict[str, Any]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
 
 
-def known_keys(location: tuple[Any, ...]) -> list[str]:
+def known_keys(location: tuple[Any, ...], settings: type[Section] | None = None) -> list[str]:
     """Names allowed in the section at a location such as ("optim", "part_lr")."""
-    section: type[BaseModel] = TrainConfig
+    section: type[BaseModel] = settings or TrainConfig
     for part in location:
         section = section.model_fields[part].annotation
     return list(section.model_fields)

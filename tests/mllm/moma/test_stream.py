@@ -59,7 +59,7 @@ def test_a_form_puts_pictures_and_text_in_its_order(processor, form):
 def test_the_share_of_image_tokens_is_what_was_asked_for(processor, share):
     found = stream(processor, share, image_to_text=1, text_to_image=1)
     codes = sum(sum(is_code(processor, document)) for document in found)
-    words = sum(sum(0 < i and t < processor.num_words for i, t in enumerate(document[:-1])) for document in found)
+    words = sum(sum(i > 0 and t < processor.num_words for i, t in enumerate(document[:-1])) for document in found)
     assert codes / (codes + words) == pytest.approx(share, abs=0.02)
 
 
