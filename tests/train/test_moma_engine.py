@@ -23,9 +23,9 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def run(folder: Path, name: str, *overrides: str) -> Path:
-    """A run on two ranks into folder/name."""
-    run_stage(folder / "moma.yaml", f"run.output_dir={folder / name}", "run.report_to=none", *overrides)
+def run(folder: Path, name: str, *overrides: str, world: int = 2) -> Path:
+    """A run on two ranks, or another number, into folder/name."""
+    run_stage(folder / "moma.yaml", f"run.output_dir={folder / name}", "run.report_to=none", *overrides, world=world)
     return folder / name
 
 
@@ -96,18 +96,9 @@ def test_a_global_batch_of_two_ranks_is_one_ranks_batch_of_twice_the_size(folder
     fields = "{hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, choice_batch: %s}"
     together = run(folder, "global", f"model.fields={fields % 'global'}", "run.micro_batch_size=4")
     apart = run(folder, "rank", f"model.fields={fields % 'rank'}", "run.micro_batch_size=4")
-    alone = run_alone(folder, "alone", f"model.fields={fields % 'rank'}", "run.micro_batch_size=8")
+    alone = run(folder, "alone", f"model.fields={fields % 'rank'}", "run.micro_batch_size=8", world=1)
     torch.testing.assert_close(losses(together), losses(alone), rtol=1e-5, atol=0)
     assert (losses(apart) - losses(alone)).abs().max() > 1e-4
-
-
-def run_alone(folder: Path, name: str, *overrides: str) -> Path:
-    """The same on one rank."""
-    import tests.train.ranks as ranks
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "RANKS", 1)
-        return run(folder, name, *overrides)
 
 
 def test_auxiliary_routers_learn_and_nothing_else_does(folder, zero_0):

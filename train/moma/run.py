@@ -23,6 +23,7 @@ from train.trainer import ProgressLine
 
 def check_moma(config: MomaConfigFile, *, ranks: int) -> None:
     """What a run needs, found in order in a second. Raises UserError naming the key."""
+    quieten()
     check_batch(config.run, ranks)
     check_data(config.data)
     if config.model.start_from is not None:
