@@ -85,9 +85,9 @@ def _training_documents(section: StreamSection, processor: MomaProcessor) -> Ite
         yield from documents(kept, processor, weights=section.forms, image_share=section.image_share, seed=seed)
 
 
-def held_out_documents(section: StreamSection, processor: MomaProcessor) -> list[list[int]]:
+def held_out_documents(section: StreamSection, processor: MomaProcessor, split: Split = "test") -> list[list[int]]:
     """Every held-out sample as a document of its own in both orders, so that all four directions are scored on each."""
-    kept = list(samples(section, "test", processor))
+    kept = list(samples(section, split, processor))
     return [
         document
         for form in ("image_to_text", "text_to_image")
