@@ -65,7 +65,7 @@ def test_rows_are_made_once_and_anew_for_other_settings(path):
     assert len(training_rows(config.data, processor)) == len(rows)
     assert (folder / "train-00000.safetensors").stat().st_mtime_ns == before
     assert digest(config.data.model_copy(update={"image_share": 0.25}), processor) != folder.name
-    assert digest(config.data.model_copy(update={"workers": 3}), processor) == folder.name
+    assert digest(config.data.model_copy(update={"held_out": 3}), processor) == folder.name
 
 
 def test_samples_come_again_in_other_forms_until_there_are_rows_enough(path):

@@ -35,7 +35,6 @@ class StreamSection(PictureSection):
     forms: dict[str, float] = Field({"image_to_text": 1.0, "text_to_image": 1.0})  # also interleaved, text, image
     image_share: float | None = Field(0.5, gt=0, lt=1)  # of image tokens; MoMa: as of experts. null: as it comes
     cache: Path = Path("runs/moma/rows")  # rows of these settings are found again by their digest
-    workers: int = Field(1, ge=0)  # processes a rank that read rows
 
 
 class ImageTokenizerSection(Section):
@@ -101,7 +100,7 @@ class ImageTokenizerConfig(MomaStage):
     tokenizer: ImageTokenizerSection = ImageTokenizerSection()
 
 
-class MomaConfigFile(MomaStage):
+class MomaTrainConfig(MomaStage):
     """Stages that train the model itself."""
 
     stage: Literal["pretrain_moma", "train_causal_routers", "upcycle"]
@@ -110,7 +109,7 @@ class MomaConfigFile(MomaStage):
     report: ReportSection = ReportSection()
 
     @model_validator(mode="after")
-    def stage_fits_model(self) -> "MomaConfigFile":
+    def stage_fits_model(self) -> "MomaTrainConfig":
         section = self.model
         if self.stage == "pretrain_moma" and section.start_from is not None:
             raise ValueError("stage pretrain_moma starts anew: leave model.start_from out, or set stage: upcycle")
@@ -125,7 +124,7 @@ class MomaConfigFile(MomaStage):
 
 SETTINGS: dict[str, type[MomaStage]] = {
     "image_tokenizer": ImageTokenizerConfig,
-    "pretrain_moma": MomaConfigFile,
-    "train_causal_routers": MomaConfigFile,
-    "upcycle": MomaConfigFile,
+    "pretrain_moma": MomaTrainConfig,
+    "train_causal_routers": MomaTrainConfig,
+    "upcycle": MomaTrainConfig,
 }

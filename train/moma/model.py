@@ -17,13 +17,13 @@ from mllm.moma import MomaConfig, MomaForCausalLM, from_language_model, upcycle
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
 from train.config import suggest
-from train.moma.config import MomaConfigFile, MomaModelSection
+from train.moma.config import MomaTrainConfig, MomaModelSection
 
 MODEL = "model"  # folder of a finished run's model
 HISTORY = "training.json"  # in it: how many rows of which data it has seen
 
 
-def build_moma(config: MomaConfigFile) -> tuple[MomaForCausalLM, MomaProcessor]:
+def build_moma(config: MomaTrainConfig) -> tuple[MomaForCausalLM, MomaProcessor]:
     """The model with what its stage trains, in fp32, and its vocabulary. Every rank reads the whole model.
 
     Raises UserError for fields that do not exist or fit, and folders that do not hold what they should.
@@ -105,7 +105,7 @@ def upcycled(section: MomaModelSection, processor: MomaProcessor) -> MomaForCaus
 # -- what a run leaves -------------------------------------------------------------------------------------------------
 
 
-def rows_seen(config: MomaConfigFile, data_digest: str) -> int:
+def rows_seen(config: MomaTrainConfig, data_digest: str) -> int:
     """Rows of the same data that the model started from has learned already; the stage goes on after them."""
     path = None if config.model.start_from is None else config.model.start_from / HISTORY
     if path is None or not path.is_file():

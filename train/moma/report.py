@@ -25,7 +25,7 @@ from mllm.moma.stream import DIRECTIONS, PackedRows, pack
 from mllm.provenance import provenance
 from train.check import SETTINGS
 from train.config import load_config
-from train.moma.config import MomaConfigFile
+from train.moma.config import MomaTrainConfig
 from train.moma.data import captioned, held_out_documents
 from train.moma.image_tokenizer import grid
 from train.moma.model import MODEL
@@ -35,7 +35,7 @@ Losses = dict[str, dict[str, float]]
 
 def write_report(folder: Path) -> dict:
     """Measures the model of a run's folder, writes the three files, and returns what report.json holds."""
-    config: MomaConfigFile = load_config(folder / SETTINGS)
+    config: MomaTrainConfig = load_config(folder / SETTINGS)
     model, processor = load_moma(folder / MODEL)
     rows = held_out_rows(config, processor)
     losses = {
@@ -52,7 +52,7 @@ def write_report(folder: Path) -> dict:
     return report
 
 
-def held_out_rows(config: MomaConfigFile, processor: MomaProcessor) -> PackedRows:
+def held_out_rows(config: MomaTrainConfig, processor: MomaProcessor) -> PackedRows:
     """Held-out documents in both orders, packed; what fills no row is left out."""
     packed = list(pack(held_out_documents(config.data, processor), config.data.length))
     if not packed:

@@ -12,7 +12,7 @@ from mllm.errors import UserError
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.stream import PackedRows
 from train.check import check_batch, find_checkpoint
-from train.moma.config import MomaConfigFile
+from train.moma.config import MomaTrainConfig
 from train.moma.data import check_data, digest, training_rows
 from train.moma.model import MODEL, build_moma, build_processor, kind_of, moma_config, num_parameters, rows_seen
 from train.moma.trainer import MomaTrainer
@@ -21,7 +21,7 @@ from train.run import callbacks, is_first, prepare_folder, suit_cpu, training_ar
 from train.trainer import ProgressLine
 
 
-def check_moma(config: MomaConfigFile, *, ranks: int) -> None:
+def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     """What a run needs, found in order in a second. Raises UserError naming the key."""
     quieten()
     check_batch(config.run, ranks)
@@ -35,7 +35,7 @@ def check_moma(config: MomaConfigFile, *, ranks: int) -> None:
     find_checkpoint(config, MODEL)
 
 
-def run_moma(config: MomaConfigFile) -> None:
+def run_moma(config: MomaTrainConfig) -> None:
     """Trains and saves. Every rank calls it.
 
     Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/ and, at the end, model/,
@@ -73,7 +73,7 @@ def run_moma(config: MomaConfigFile) -> None:
             report(config.run.output_dir)
 
 
-def first_rank_first(config: MomaConfigFile, processor: object) -> PackedRows:
+def first_rank_first(config: MomaTrainConfig, processor: object) -> PackedRows:
     """The rows, made by one rank while the others wait."""
     if is_first():
         training_rows(config.data, processor)
@@ -81,7 +81,7 @@ def first_rank_first(config: MomaConfigFile, processor: object) -> PackedRows:
     return training_rows(config.data, processor)
 
 
-def show_run(config: MomaConfigFile, model: torch.nn.Module, rows: PackedRows, start: int) -> None:
+def show_run(config: MomaTrainConfig, model: torch.nn.Module, rows: PackedRows, start: int) -> None:
     """Prints what learns, from what."""
     total, learning = num_parameters(model)
     image = rows.ids_RS >= model.config.image_token_start

@@ -19,7 +19,7 @@ from mllm.moma.scoring import direction_sums
 from mllm.moma.stream import DIRECTIONS, PackedRows
 from mllm.routing import RoutingStats
 from train.feed import RunOrder
-from train.moma.config import MomaConfigFile
+from train.moma.config import MomaTrainConfig
 from train.moma.model import MODEL, gather_model, write_model
 from train.parts import parameter_groups
 from train.ranks import summed
@@ -36,7 +36,7 @@ class MomaTrainer(StageTrainer):
     train_dataset: PackedRows
 
     def __init__(
-        self, *, config: MomaConfigFile, processor: MomaProcessor, start: int, data_digest: str, **kwargs: Any
+        self, *, config: MomaTrainConfig, processor: MomaProcessor, start: int, data_digest: str, **kwargs: Any
     ) -> None:
         """Besides Trainer's own arguments: settings, vocabulary, rows seen by an earlier stage, name of the data."""
         super().__init__(**kwargs)
@@ -65,7 +65,7 @@ class MomaTrainer(StageTrainer):
             world=self.args.world_size,
             start=self.start,
         )
-        return DataLoader(self.train_dataset, batch_sampler=order, num_workers=self.config.data.workers)
+        return DataLoader(self.train_dataset, batch_sampler=order)  # rows lie in memory: no process need read them
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; `optim.part_lr` can give routers, attention, and all the rest ("experts") rates of their own."""
