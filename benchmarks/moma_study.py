@@ -97,8 +97,8 @@ def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> di
 
 SCALES = {
     "smoke": Scale(shape(16, 24, 2, 2, 128), 6, 2, 128, 2, 40, 16, 2, rates=(1e-2,)),
-    "cpu": Scale(shape(128, 256, 6, 4, 512), 1500, 8, 512, 15, 20_000, 512, 150),  # 1.4M active
-    "gpu": Scale(shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800),  # 27M active
+    "cpu": Scale(shape(128, 256, 6, 4, 512), 1500, 8, 512, 15, 20_000, 512, 150),  # 1.6M active
+    "gpu": Scale(shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800),  # 28M active
 }
 
 

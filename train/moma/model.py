@@ -17,7 +17,7 @@ from mllm.moma import MomaConfig, MomaForCausalLM, from_language_model, upcycle
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
 from train.config import suggest
-from train.moma.config import MomaTrainConfig, MomaModelSection
+from train.moma.config import MomaModelSection, MomaTrainConfig
 
 MODEL = "model"  # folder of a finished run's model
 HISTORY = "training.json"  # in it: how many rows of which data it has seen
