@@ -212,6 +212,32 @@ def chat(context: typer.Context) -> None:
 
 @app.command()
 @plain_errors
+def generate(
+    model: Annotated[Path, typer.Option(help="Folder model/ of a pretrain_moma, train_causal_routers or upcycle run.")],
+    text: Annotated[str | None, typer.Option(help="Draw a picture of this, into --out.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Describe this picture.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("generated.png"),
+    guidance: Annotated[float, typer.Option(help="Above 1: how much the text counts (classifier-free).")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of sampling a picture; 0 the most probable codes.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+) -> None:
+    """Draw a picture from words, or describe one, with a trained early-fusion model."""
+    if (text is None) == (image is None):
+        raise UserError("Give one of --text (to draw) and --image (to describe).")
+    from mllm.data.images import open_image
+    from mllm.moma.generation import describe, draw, load_moma
+
+    picture = None if image is None else open_image(image, where="--image")
+    moma, processor = load_moma(model)
+    if picture is not None:
+        console.print(describe(moma, processor, [picture])[0], markup=False, highlight=False, soft_wrap=True)
+        return
+    draw(moma, processor, [text], guidance=guidance, temperature=temperature, seed=seed)[0].save(out)
+    console.print(f"picture written to {out}", markup=False, highlight=False)
+
+
+@app.command()
+@plain_errors
 def check(
     mixture: Annotated[Path, typer.Argument(help="Mixture YAML, as in data_recipes/mixtures.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and image size the lengths are for.")] = "miniworld",

@@ -55,19 +55,14 @@ def join_launcher() -> None:
 
 def train(config: TrainConfig) -> None:
     """Check, then run; a new folder in which nothing was saved or logged yet does not outlive a mistake in the data."""
-    from train.check import CHECKPOINTS, check_run
-    from train.run import run_stage
+    from train.check import CHECKPOINTS
+    from train.stages import check, run
 
-    mixture = check_run(config, ranks=int(os.environ["WORLD_SIZE"]))
+    checked = check(config, ranks=int(os.environ["WORLD_SIZE"]))
     folder = config.run.output_dir
     is_new = not folder.exists()
     try:
-        if config.stage == "align_routers":
-            from train.align import run_alignment
-
-            run_alignment(config, mixture)
-        else:
-            run_stage(config, mixture)
+        run(config, checked)
     except UserError:
         if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -87,8 +87,8 @@ def check_batch(run: RunSection, ranks: int) -> None:
         )
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a new run.
+def find_checkpoint(config: TrainConfig, result: str = ADAPTER) -> Path | None:
+    """The checkpoint to resume from, or None for a new run. `result`: the folder that a finished run has.
 
     Raises:
         UserError: the checkpoint asked for is not there, or output_dir holds a run with other settings.
@@ -102,7 +102,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         check_settings(config, Path(run.resume).parent.parent)
         return Path(run.resume)
     found = {int(path.name.rsplit("-", 1)[1]): path for path in (run.output_dir / CHECKPOINTS).glob("checkpoint-*")}
-    if not found and (run.output_dir / ADAPTER).exists():
+    if not found and (run.output_dir / result).exists():
         raise UserError(
             f"run.output_dir {run.output_dir} holds a finished run. Set another run.output_dir, or run.resume=never to"
             " train anew in its place."

@@ -142,7 +142,7 @@ class TrainConfig(Section):
     """One stage of training. `align` fits the projector alone; `instruct` an adapter (and the projector);
     `align_routers` the routers of an adapter that is there."""
 
-    stage: Literal["align", "instruct", "align_routers"]
+    stage: Literal["align", "instruct", "align_routers"]  # those of the early-fusion model: train/moma/config.py
     model: ModelSection
     data: DataSection
     run: RunSection
@@ -176,24 +176,34 @@ class TrainConfig(Section):
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
     """Read a run's YAML and apply `section.key=value` overrides, whose values are parsed as YAML.
+
+    A TrainConfig, or for the stages of the early-fusion model one of `train.moma.config`.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (the nearest known one is named) or a value that does not fit.
     """
-    return read_config(path, overrides, TrainConfig)
+    return read_config(path, overrides)
 
 
-def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config]) -> Config:
-    """`load_config` for any root section."""
-    values = read_yaml(Path(path), kind)
+def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config] | None = None) -> Config:
+    """`load_config` for any root section; None: that of the stage which the file names."""
+    values = read_yaml(Path(path), kind or TrainConfig)
     for override in overrides or []:
         apply_override(values, override)
+    settings = kind or settings_of(values.get("stage"))
     try:
-        return kind.model_validate(values)
+        return settings.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(explain(problem, kind) for problem in error.errors())) from None
+        raise UserError(f"{path}: " + "; ".join(explain(problem, settings) for problem in error.errors())) from None
+
+
+def settings_of(stage: object) -> type[Section]:
+    """The class that checks a stage's settings."""
+    from train.moma.config import SETTINGS  # it builds on this file
+
+    return SETTINGS.get(stage, TrainConfig) if isinstance(stage, str) else TrainConfig
 
 
 def read_yaml(path: Path, kind: type[Section] = TrainConfig) -> dict[str, Any]:

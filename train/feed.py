@@ -16,8 +16,18 @@ class RunOrder(Sampler[list[int]]):
     """
 
     def __init__(
-        self, mixture: Mixture, *, seed: int, steps: int, batch_size: int, micro_batch_size: int, rank: int, world: int
+        self,
+        mixture: Mixture,
+        *,
+        seed: int,
+        steps: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world: int,
+        start: int = 0,
     ) -> None:
+        """mixture: anything with a length and `order(seed, epoch)`. start: rows an earlier stage has seen."""
         self.mixture = mixture
         self.seed = seed
         self.steps = steps
@@ -25,12 +35,14 @@ class RunOrder(Sampler[list[int]]):
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world = world
+        self.start = start
 
     def __len__(self) -> int:
         return self.steps * (self.batch_size // (self.micro_batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[int]]:
         rows = chain.from_iterable(self.mixture.order(self.seed, epoch).tolist() for epoch in count())
+        rows = islice(rows, self.start, None)
         for _ in range(self.steps):
             batch = list(islice(rows, self.batch_size))
             first, stride = self.rank * self.micro_batch_size, self.world * self.micro_batch_size

@@ -33,9 +33,12 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, available_cores() // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    from train.check import check_run
+    from train.stages import check, run_alone
 
-    check_run(load_config(config_path, overrides), ranks=ranks)
+    config = load_config(config_path, overrides)
+    check(config, ranks=ranks)
+    if run_alone(config):
+        return 0
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), "--log_level", "error", "--module", "train"]
     # a group of its own, so that a signal reaches the ranks too: DeepSpeed's runner does not pass it on

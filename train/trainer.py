@@ -31,14 +31,60 @@ from train.routing import RunRouting
 LOG = "train_log.jsonl"
 
 
-class MllmTrainer(Trainer):
+class StageTrainer(Trainer):
+    """What every stage shares: a step counts tokens of the whole global batch, and checkpoints are whole or not there.
+
+    Needs `self.config` with a section `run`, as all stages have.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
+    config: Any
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer's estimate walks all weights in every micro-batch, and knows nothing of experts."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written aside by all ranks and renamed when all are done: a folder that bears the name checkpoint-N is whole.
+        folder, partial = Path(self.args.output_dir), Path(self.args.output_dir, ".partial")
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        barrier()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        barrier()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.rename(partial / name, folder / name)
+            rotate_checkpoints(str(folder), self.config.run.keep)
+        barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Trainer leaves frozen weights out for a PeftModel only; in stage align the model is none.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return model, loader
+
+
+class MllmTrainer(StageTrainer):
     """Trains what `build_model` set to train.
 
     The loss of a step is the mean over the supervised tokens of the whole global batch, however it is split into
     micro-batches and ranks, plus the mean of the micro-batches' routing losses.
     """
-
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
 
     def __init__(self, *, config: TrainConfig, domains: list[str], base_card: str, **kwargs: Any) -> None:
         """Besides Trainer's own arguments: the run's settings, names of all domains, and the text of `base.json`."""
@@ -98,10 +144,6 @@ class MllmTrainer(Trainer):
         stop_if_unusable(loss, tokens_B, wheres)
         return (loss, outputs) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: Trainer's estimate walks all weights in every micro-batch, and knows nothing of experts."""
-        return 0
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was gathered since the last entry, at the end of a run too. All ranks call it together."""
         if not self.figures.is_empty:
@@ -124,40 +166,6 @@ class MllmTrainer(Trainer):
                 base_card=self.base_card,
                 start_from=self.config.model.start_from,
             )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Written aside by all ranks and renamed when all are done: a folder that bears the name checkpoint-N is whole.
-        folder, partial = Path(self.args.output_dir), Path(self.args.output_dir, ".partial")
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        barrier()
-        self.args.output_dir = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(folder)
-        barrier()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.rename(partial / name, folder / name)
-            rotate_checkpoints(str(folder), self.config.run.keep)
-        barrier()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Trainer leaves frozen weights out for a PeftModel only; in stage align the model is none.
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, DataLoader]:
-        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return model, loader
 
 
 def answer_losses(model: nn.Module, inputs: dict[str, Any], labels_BS: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -247,7 +255,7 @@ class ProgressLine(ProgressCallback):
             return
         if "loss" in logs:
             self.training_bar.set_postfix(
-                loss=f"{logs['answer_loss']:.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False
+                loss=f"{logs.get('answer_loss', logs['loss']):.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False
             )
         for warning in logs.get("warnings", []):
             self.training_bar.write(f"warning: {warning}", file=sys.stderr)

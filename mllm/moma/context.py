@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from mllm.moma.expert_choice import ExpertChoice
 from mllm.routing import RoutingContext
 
@@ -15,6 +17,8 @@ class MomaContext(RoutingContext):
     """A RoutingContext whose image tokens are a range of ids, filled by the model itself, without hooks.
 
     mode     how this forward chooses: a name of `mllm.moma.expert_choice.MODES`
+    document_BS  int64, which document of its row a token belongs to, where position_ids start anew in a row and there
+             is no attention mask (as transformers has it); None where a row is one document
     choices  name of a router in the model -> its ExpertChoice of the last forward, depth routers among them
     """
 
@@ -22,14 +26,19 @@ class MomaContext(RoutingContext):
         super().__init__()
         self.image_token_start, self.codebook_size = image_token_start, codebook_size
         self.mode = "token"
+        self.document_BS: Tensor | None = None
         self.choices: dict[str, ExpertChoice] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"image_token_start": self.image_token_start, "codebook_size": self.codebook_size}
 
-    def begin(self, *, mode: str = "token", **inputs: Any) -> None:
+    def begin(self, *, mode: str = "token", position_ids: Tensor | None = None, **inputs: Any) -> None:
         """As RoutingContext.begin, in the mode given."""
         super().begin(**inputs)
+        self.document_BS = None
+        if position_ids is not None and inputs.get("attention_mask") is None and position_ids.shape[1] > 1:
+            starts_BS = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).long()
+            self.document_BS = starts_BS.cumsum(1).expand(self.batch_size, -1)
         self.mode, self.choices = mode, {}
         ids_T = self.token_ids_T
         end = self.image_token_start + self.codebook_size

@@ -1,7 +1,7 @@
 """Attention of a layer that works on some tokens only (mixture of depths, 2404.02258).
 
 B batch, S sequence, C most tokens chosen in a row, K keys, D width. Only chosen tokens ask, and only chosen ones are
-looked at, in earlier calls with a cache too. A row is one sequence: packed ones would see each other here.
+looked at, in earlier calls with a cache too. Documents packed into one row do not see each other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ def attend_chosen(
     is_chosen_BS: Tensor,
     position_embeddings: Rotary,
     past_key_values: Cache | None,
+    document_BS: Tensor | None = None,
 ) -> Tensor:
     """Llama's attention among chosen tokens: [B, S, D], anything where a token was not chosen.
+
+    document_BS: int64, the document of its row that a token belongs to; None where a row is one.
 
     Without a cache the chosen tokens of each row are moved together first, so that the others cost nothing. With one,
     all are computed and masked, so that every layer's cache has the same length.
@@ -38,7 +41,8 @@ def attend_chosen(
 
     is_key_BC = is_chosen_BS.gather(1, index_BC1[..., 0])
     rotary = tuple(gather(values) for values in position_embeddings)
-    mask = causal_mask(is_key_BC, longest, attention.config._attn_implementation, hidden_BSD.dtype)
+    document_BC = None if document_BS is None else document_BS.gather(1, index_BC1[..., 0])
+    mask = causal_mask(is_key_BC, longest, attention.config._attn_implementation, hidden_BSD.dtype, document_BC)
     output_BCD, _ = attention(gather(hidden_BSD), position_embeddings=rotary, attention_mask=mask)
     return torch.zeros_like(hidden_BSD).scatter(1, index_BC1.expand_as(output_BCD), output_BCD.to(hidden_BSD.dtype))
 
@@ -69,8 +73,15 @@ def _remember(past: Cache, attention: nn.Module, is_chosen_BS: Tensor) -> Tensor
     return past.update(flags_B1S1, flags_B1S1, place)[0][:, 0, :, 0]
 
 
-def causal_mask(is_key_BK: Tensor, num_queries: int, implementation: str, dtype: torch.dtype) -> Tensor:
-    """[B, 1, S, K] for the last S of K positions: earlier keys, and always itself, so that no row is without a key.
+def causal_mask(
+    is_key_BK: Tensor,
+    num_queries: int,
+    implementation: str,
+    dtype: torch.dtype,
+    document_BK: Tensor | None = None,
+) -> Tensor:
+    """[B, 1, S, K] for the last S of K positions: earlier keys of the same document, and always itself, so that no row
+    is without a key.
 
     Raises UserError for an attention that takes no such mask.
     """
@@ -79,6 +90,8 @@ def causal_mask(is_key_BK: Tensor, num_queries: int, implementation: str, dtype:
     key_K = torch.arange(is_key_BK.shape[1], device=is_key_BK.device)
     query_S1 = key_K[-num_queries:, None]
     sees_B1SK = (is_key_BK[:, None, None] & (key_K < query_S1)) | (key_K == query_S1)
+    if document_BK is not None:
+        sees_B1SK = sees_B1SK & (document_BK[:, None, -num_queries:, None] == document_BK[:, None, None])
     if implementation == "sdpa":
         return sees_B1SK
     return torch.zeros_like(sees_B1SK, dtype=dtype).masked_fill(~sees_B1SK, torch.finfo(dtype).min)

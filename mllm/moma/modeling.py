@@ -202,7 +202,10 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         is_worked_BS = choice.is_chosen_TE.view(hidden_BSD.shape[:2])
 
         def attend_worked(hidden_BSD: Tensor) -> Tensor:
-            return attend_chosen(self.self_attn, hidden_BSD, is_worked_BS, position_embeddings, past_key_values)
+            document_BS = self.routing_context.document_BS
+            return attend_chosen(
+                self.self_attn, hidden_BSD, is_worked_BS, position_embeddings, past_key_values, document_BS
+            )
 
         output_BSD = self._block(hidden_BSD, attend_worked, is_worked_BS.flatten())
         weight_BS1 = (choice.scores_TE * choice.is_chosen_TE).view(*is_worked_BS.shape, 1)
@@ -326,6 +329,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
+            position_ids=position_ids if past_key_values is None else None,
             expects_gradient=self.training and torch.is_grad_enabled(),
         )
         try:

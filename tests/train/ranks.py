@@ -16,7 +16,7 @@ RANKS = 2
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def run_stage(config: Path, *overrides: str) -> None:
+def run_stage(config: Path, *overrides: str, world: int = RANKS) -> None:
     """`python -m train` on every rank; returns when all are done, all of them well."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train.run"])
@@ -24,17 +24,17 @@ def run_stage(config: Path, *overrides: str) -> None:
         for name, value in CPU.items():
             patch.setenv(name, value)  # as the fork server starts, with the first run
         arguments, port = [str(config), *overrides], str(free_port())
-        ranks = [processes.Process(target=be_rank, args=(rank, port, arguments)) for rank in range(RANKS)]
+        ranks = [processes.Process(target=be_rank, args=(rank, world, port, arguments)) for rank in range(world)]
         for rank in ranks:
             rank.start()
     for rank in ranks:
         rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * RANKS
+    assert [rank.exitcode for rank in ranks] == [0] * world
 
 
-def be_rank(rank: int, port: str, arguments: list[str]) -> None:
+def be_rank(rank: int, world: int, port: str, arguments: list[str]) -> None:
     """What the launcher would start: the command line, told its rank by the environment."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
     sys.exit(main(arguments))

@@ -1,0 +1,151 @@
+"""Settings, data and models of the early-fusion stages, without the engine."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from mllm.errors import UserError
+from mllm.moma import MomaForCausalLM
+from mllm.moma.image_tokens import ImageTokenizer
+from tests.tiny import tiny_language_model, tiny_tokenizer
+from tests.train.moma_data import write_moma_config
+from train.config import load_config
+from train.moma.config import ImageTokenizerConfig, PictureSection
+from train.moma.data import captioned, digest, held_out_documents, training_rows
+from train.moma.image_tokenizer import train_image_tokenizer
+from train.moma.model import build_moma, rows_seen
+from train.moma.run import check_moma
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_moma_config(tmp_path_factory.mktemp("moma"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.presett=4t4i"], "did you mean preset"),
+        (["run.steps=null", "run.epochs=1"], "run.steps"),
+        (["model.start_from=x"], "upcycle"),
+        (["stage=upcycle"], "model.start_from"),
+        (["model.image_tokenizer=null"], "image_tokenizer"),
+        (["data.miniworld=0"], "nothing to read"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.fields={hidden_sise: 16}"], "did you mean hidden_size"),
+        (["model.preset=many"], "preset"),
+        (["model.image_tokenizer=nowhere"], "image tokenizer"),
+        (["data.forms={picture: 1}"], "data.forms"),
+        (["data.captions=[nowhere.json]"], "nowhere.json"),
+        (["run.batch_size=3"], "batch_size"),
+    ],
+)
+def test_a_run_that_cannot_go_is_refused_before_it_starts(path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        check_moma(load_config(path, overrides), ranks=1)
+
+
+def test_rows_are_made_once_and_anew_for_other_settings(path):
+    config = load_config(path)
+    _, processor = build_moma(config)
+    rows = training_rows(config.data, processor)
+    folder = config.data.cache / digest(config.data, processor)
+    before = (folder / "train-00000.safetensors").stat().st_mtime_ns
+    assert len(training_rows(config.data, processor)) == len(rows)
+    assert (folder / "train-00000.safetensors").stat().st_mtime_ns == before
+    assert digest(config.data.model_copy(update={"image_share": 0.25}), processor) != folder.name
+    assert digest(config.data.model_copy(update={"held_out": 3}), processor) == folder.name
+
+
+def test_samples_come_again_in_other_forms_until_there_are_rows_enough(path):
+    config = load_config(path, ["data.rows=90"])
+    _, processor = build_moma(config)
+    assert len(training_rows(config.data, processor)) == 90
+
+
+def test_every_held_out_sample_is_scored_in_both_orders(path):
+    config = load_config(path)
+    _, processor = build_moma(config)
+    documents = held_out_documents(config.data, processor)
+    begins = [document[1] == processor.begin_image_id for document in documents]
+    assert begins == [True] * 8 + [False] * 8
+
+
+def test_captions_of_files_are_read_and_every_20th_row_is_held_out(tmp_path):
+    rows = []
+    for number in range(40):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": f"caption {number}"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    section = PictureSection(miniworld=0, captions=[tmp_path / "captions.json"])
+    held_out = [caption for _, caption in captioned(section, "test")]
+    learned = list(captioned(section, "train"))
+    assert held_out == ["caption 0", "caption 20"]
+    assert len(learned) == 38
+    assert learned[0][0].getpixel((0, 0)) == (1, 0, 0)
+    assert learned[0][1] == "caption 1"
+
+
+def test_an_ordinary_language_model_is_upcycled_and_reads_text_as_before(path, tmp_path):
+    llama = tiny_language_model()
+    llama.save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    start = f"model={{start_from: '{tmp_path}/llama', image_tokenizer: '{path.parent}/tokenizer', preset: 1t1i}}"
+    model, processor = build_moma(load_config(path, ["stage=upcycle", start]))
+    ids = torch.tensor([processor.text_ids("What colour is the square?")])
+    words = slice(0, processor.num_words)
+    with torch.no_grad():
+        expected, found = llama(ids).logits, model.eval()(ids).logits[..., words]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_data_go_on_only_where_they_are_the_same(path, tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps({"data": "abc", "seed": 0, "rows_seen": 24}))
+    config = load_config(path, ["stage=upcycle", f"model={{start_from: '{tmp_path}'}}"])
+    assert rows_seen(config, "abc") == 24
+    assert rows_seen(config, "other") == 0
+    assert rows_seen(load_config(path), "abc") == 0
+
+
+def test_stage_image_tokenizer_learns_and_shows_what_it_learned(tmp_path):
+    config = ImageTokenizerConfig.model_validate(
+        {
+            "stage": "image_tokenizer",
+            "data": {"miniworld": 16, "held_out": 4},
+            "tokenizer": {"side": 4, "patch": 24, "width": 32, "codebook_size": 16, "revive_every": 10},
+            "optim": {"lr": 3e-3},
+            "run": {"output_dir": tmp_path / "run", "steps": 30, "batch_size": 8, "log_every": 10},
+        }
+    )
+    train_image_tokenizer(config)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    assert entries[-1]["reconstruction_loss"] < entries[0]["reconstruction_loss"]
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())["figures"]
+    assert figures["pictures"] == 4
+    assert 1 <= figures["code_perplexity"] <= figures["codes_used"] <= 16
+    assert Image.open(tmp_path / "run" / "reconstructions.png").size == (4 * 98 - 2, 2 * 98 - 2)
+    assert ImageTokenizer.from_pretrained(tmp_path / "run" / "image_tokenizer").num_tokens == 16
+
+
+def test_routers_stage_freezes_all_else(path, tmp_path):
+    model, processor = build_moma(load_config(path))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = load_config(path, ["stage=train_causal_routers", f"model={{start_from: '{tmp_path}'}}"])
+    routers, _ = build_moma(config)
+    learning = [name for name, weight in routers.named_parameters() if weight.requires_grad]
+    assert learning
+    assert all("auxiliary" in name for name in learning)
+    assert isinstance(routers, MomaForCausalLM)

@@ -1,0 +1,1 @@
+"""Stages of the early-fusion model: image_tokenizer, pretrain_moma, train_causal_routers, upcycle."""

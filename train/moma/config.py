@@ -1,0 +1,130 @@
+"""Settings of the early-fusion stages; run, optim and deepspeed are those of every stage."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from train.config import DeepSpeedSection, OptimSection, RunSection, Section
+
+
+class PictureSection(Section):
+    """Where pictures and captions come from: miniworld, drawn here, and LLaVA JSON with a caption as the answer."""
+
+    miniworld: int = Field(20_000, ge=0)  # scenes drawn for training
+    domains: list[Literal["general", "document", "biomedical"]] = Field(["general"])  # of miniworld, in turn
+    captions: list[Path] = Field([])  # LLaVA JSON: a row's first picture and last answer; every 20th is held out
+    image_root: Path | None = None  # where their pictures lie; null: beside each file
+    held_out: int = Field(512, gt=0)  # samples of the test split that are scored
+
+    @model_validator(mode="after")
+    def something_to_read(self) -> "PictureSection":
+        if not self.miniworld and not self.captions:
+            raise ValueError("miniworld is 0 and captions are empty: there is nothing to read")
+        if self.miniworld and not self.domains:
+            raise ValueError("domains is empty: name general, document or biomedical, or set miniworld to 0")
+        return self
+
+
+class StreamSection(PictureSection):
+    """How samples become documents, and documents rows; tokenised once and kept in `cache`."""
+
+    length: int = Field(512, ge=16)  # tokens of a row; documents are packed into it without padding
+    rows: int | None = Field(None, gt=0)  # rows to make, samples over and over in new forms; null: each sample once
+    forms: dict[str, float] = Field({"image_to_text": 1.0, "text_to_image": 1.0})  # also interleaved, text, image
+    image_share: float | None = Field(0.5, gt=0, lt=1)  # of image tokens; MoMa: as of experts. null: as it comes
+    cache: Path = Path("runs/moma/rows")  # rows of these settings are found again by their digest
+
+
+class ImageTokenizerSection(Section):
+    """The autoencoder; see ImageTokenizer.small."""
+
+    image_size: int = Field(96, gt=0)
+    side: int = Field(12, gt=0)  # tokens a side: a picture is side² tokens
+    codebook_size: int = Field(512, gt=1)
+    width: int = Field(64, gt=0)  # channels, a multiple of 32
+    patch: int = Field(4, gt=0)  # pixels a side that the network sees as one
+    quantisation_weight: float = Field(0.25, gt=0)  # of commitment beside reconstruction; codes learn the same by any
+    revive_every: int = Field(100, ge=0)  # steps after which unused codes move, but in the last third; 0 never
+
+
+class MomaModelSection(Section):
+    """A new model, or what a stage goes on from."""
+
+    preset: str = "4t4i"  # dense, 8x, 1t1i, 2t2i1s …: see MomaConfig.preset
+    fields: dict[str, Any] = Field(
+        {}
+    )  # other fields of MomaConfig: hidden_size, routing, mixture_of_depths, choice_batch …
+    text_tokenizer: str = "miniworld"  # whose words: a folder or hub id
+    image_tokenizer: Path | None = None  # folder of a stage image_tokenizer; null with start_from: that model's
+    start_from: Path | None = None  # model folder: routers stage, seed to upcycle (1t1i, dense), or a Llama's
+    fresh: list[str] = Field([])  # upcycle: groups whose experts start at random, not as copies
+    router_noise: float = Field(1.0, ge=0)  # upcycle: of the Gumbel-sigmoid noise that tells copies apart
+    gradient_checkpointing: bool = False
+    dtype: Literal["bf16", "fp32"] = "fp32"  # of computation; weights are fp32
+
+
+class ReportSection(Section):
+    """What is made of a finished model, in a process of its own."""
+
+    enabled: bool = True  # false: only the model is written
+    batch_size: int = Field(8, gt=0)  # rows scored at once
+    pictures: int = Field(12, ge=0)  # drawn from held-out captions, for the grid
+    guidance: float = Field(1.0, ge=1)  # classifier-free, for the grid
+
+
+class MomaStage(Section):
+    """What all four have."""
+
+    run: RunSection
+    optim: OptimSection = OptimSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+
+    @model_validator(mode="after")
+    def counts_steps(self) -> "MomaStage":
+        if self.run.steps is None:
+            raise ValueError("this stage counts steps: give run.steps instead of run.epochs")
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write the settings as resolved."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+class ImageTokenizerConfig(MomaStage):
+    """Stage image_tokenizer: one process, no DeepSpeed, since the network is small."""
+
+    stage: Literal["image_tokenizer"]
+    data: PictureSection = PictureSection()
+    tokenizer: ImageTokenizerSection = ImageTokenizerSection()
+
+
+class MomaTrainConfig(MomaStage):
+    """Stages that train the model itself."""
+
+    stage: Literal["pretrain_moma", "train_causal_routers", "upcycle"]
+    model: MomaModelSection
+    data: StreamSection = StreamSection()
+    report: ReportSection = ReportSection()
+
+    @model_validator(mode="after")
+    def stage_fits_model(self) -> "MomaTrainConfig":
+        section = self.model
+        if self.stage == "pretrain_moma" and section.start_from is not None:
+            raise ValueError("stage pretrain_moma starts anew: leave model.start_from out, or set stage: upcycle")
+        if self.stage != "pretrain_moma" and section.start_from is None:
+            raise ValueError(f"stage {self.stage} needs model.start_from, the folder model/ of an earlier run")
+        if self.stage == "pretrain_moma" and section.image_tokenizer is None:
+            raise ValueError("stage pretrain_moma needs model.image_tokenizer: train one first, stage image_tokenizer")
+        if self.stage == "train_causal_routers" and section.fields:
+            raise ValueError("stage train_causal_routers leaves the model as it is: leave model.fields out")
+        return self
+
+
+SETTINGS: dict[str, type[MomaStage]] = {
+    "image_tokenizer": ImageTokenizerConfig,
+    "pretrain_moma": MomaTrainConfig,
+    "train_causal_routers": MomaTrainConfig,
+    "upcycle": MomaTrainConfig,
+}

@@ -1,0 +1,145 @@
+"""The model of a run and its vocabulary: new, or from an earlier run; and how a finished one is written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+from mllm.build import load_processor
+from mllm.errors import UserError
+from mllm.moma import MomaConfig, MomaForCausalLM, from_language_model, upcycle
+from mllm.moma.image_tokens import ImageTokenizer
+from mllm.moma.processor import MomaProcessor
+from train.config import suggest
+from train.moma.config import MomaModelSection, MomaTrainConfig
+
+MODEL = "model"  # folder of a finished run's model
+HISTORY = "training.json"  # in it: how many rows of which data it has seen
+
+
+def build_moma(config: MomaTrainConfig) -> tuple[MomaForCausalLM, MomaProcessor]:
+    """The model with what its stage trains, in fp32, and its vocabulary. Every rank reads the whole model.
+
+    Raises UserError for fields that do not exist or fit, and folders that do not hold what they should.
+    """
+    section = config.model
+    processor = build_processor(section)
+    if config.stage == "train_causal_routers":
+        model = MomaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
+        processor.check(model.config)
+        model.begin_auxiliary_stage()
+    elif config.stage == "upcycle":
+        model = upcycled(section, processor)
+    else:
+        model = MomaForCausalLM(moma_config(section, processor))
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.float(), processor
+
+
+def build_processor(section: MomaModelSection) -> MomaProcessor:
+    """The vocabulary of a model to come, or that of the model it starts from."""
+    if section.start_from is None:
+        tokenizer = (
+            load_processor("miniworld").tokenizer
+            if section.text_tokenizer == "miniworld"
+            else AutoTokenizer.from_pretrained(section.text_tokenizer)
+        )
+        return MomaProcessor(tokenizer, ImageTokenizer.from_pretrained(section.image_tokenizer))
+    if kind_of(section.start_from) == MomaConfig.model_type:
+        return MomaProcessor.from_pretrained(section.start_from)
+    if section.image_tokenizer is None:
+        raise UserError("model.start_from is an ordinary language model: give model.image_tokenizer too.")
+    words = AutoConfig.from_pretrained(section.start_from).vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(section.start_from)
+    return MomaProcessor(tokenizer, ImageTokenizer.from_pretrained(section.image_tokenizer), words)
+
+
+def kind_of(folder: Path) -> str:
+    """The model type in a folder's config.json. Raises UserError where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.start_from: {folder} holds no model (no config.json). Give the folder model/ of a run.")
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
+
+
+def moma_config(section: MomaModelSection, processor: MomaProcessor) -> MomaConfig:
+    """Raises UserError for an unknown field (the nearest is named) and for values that do not go together."""
+    check_fields(section)
+    return MomaConfig.preset(section.preset, **processor.config_fields, **section.fields)
+
+
+def check_fields(section: MomaModelSection) -> None:
+    """Raises UserError for fields that MomaConfig does not have, or that the vocabulary and the preset decide."""
+    decided = {"expert_groups", "vocab_size", "codebook_size", "image_token_start"}
+    known = [name for name in MomaConfig().to_dict() if name not in decided]
+    for name in section.fields:
+        if name not in known:
+            raise UserError(f"unknown key model.fields.{name}" + suggest(name, known))
+
+
+def upcycled(section: MomaModelSection, processor: MomaProcessor) -> MomaForCausalLM:
+    """Many experts from the one or two of a seed, which is a Moma model or a Llama."""
+    check_fields(section)
+    kind = kind_of(section.start_from)
+    if kind == MomaConfig.model_type:
+        seed = MomaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
+    elif kind == "llama":
+        llama = LlamaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
+        ids = {name: processor.config_fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        seed = from_language_model(llama, codebook_size=processor.image_tokenizer.codebook_size, **ids)
+    else:
+        raise UserError(f"model.start_from: a seed is a Moma model or a Llama, {section.start_from} is {kind!r}.")
+    processor.check(seed.config)
+    groups = MomaConfig.preset(section.preset).expert_groups
+    noise = {"router_noise": section.router_noise}
+    return upcycle(seed, groups, fresh=tuple(section.fresh), **noise, **section.fields)
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def rows_seen(config: MomaTrainConfig, data_digest: str) -> int:
+    """Rows of the same data that the model started from has learned already; the stage goes on after them."""
+    path = None if config.model.start_from is None else config.model.start_from / HISTORY
+    if path is None or not path.is_file():
+        return 0
+    history = json.loads(path.read_text(encoding="utf-8"))
+    same = history["data"] == data_digest and history["seed"] == config.run.seed
+    return history["rows_seen"] if same else 0
+
+
+def gather_model(model: MomaForCausalLM) -> dict[str, Tensor]:
+    """All weights and kept buffers, whole, on the CPU. All ranks must call it: under ZeRO-3 it gathers, one by one."""
+    parameters, weights = dict(model.named_parameters()), {}
+    for name, tensor in model.state_dict().items():
+        gathered = [parameters[name]] if name in parameters and hasattr(parameters[name], "ds_id") else []
+        with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
+            weights[name] = (gathered[0] if gathered else tensor).detach().to("cpu", copy=True)
+    return weights
+
+
+def write_model(
+    folder: Path, model: MomaForCausalLM, weights: dict[str, Tensor], processor: MomaProcessor, history: dict[str, Any]
+) -> None:
+    """A folder that `mllm generate` reads, whole or not at all. Call it on one rank."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, state_dict=weights)
+    processor.save_pretrained(partial)
+    (partial / HISTORY).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def num_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """All, and those that learn."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)

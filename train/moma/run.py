@@ -1,0 +1,100 @@
+"""One stage of the early-fusion model, on one rank: vocabulary, model, rows, trainer, report."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback, set_seed
+
+from mllm.console import quieten
+from mllm.errors import UserError
+from mllm.moma.image_tokens import ImageTokenizer
+from mllm.moma.stream import PackedRows
+from train.check import check_batch, find_checkpoint
+from train.moma.config import MomaTrainConfig
+from train.moma.data import check_data, digest, training_rows
+from train.moma.model import MODEL, build_moma, build_processor, kind_of, moma_config, num_parameters, rows_seen
+from train.moma.trainer import MomaTrainer
+from train.ranks import barrier
+from train.run import callbacks, is_first, prepare_folder, suit_cpu, training_arguments
+from train.trainer import ProgressLine
+
+
+def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
+    """What a run needs, found in order in a second. Raises UserError naming the key."""
+    quieten()
+    check_batch(config.run, ranks)
+    check_data(config.data)
+    if config.model.start_from is not None:
+        kind_of(config.model.start_from)
+    if config.model.image_tokenizer is not None:
+        ImageTokenizer.from_pretrained(config.model.image_tokenizer)
+    if config.stage == "pretrain_moma":
+        moma_config(config.model, build_processor(config.model))
+    find_checkpoint(config, MODEL)
+
+
+def run_moma(config: MomaTrainConfig) -> None:
+    """Trains and saves. Every rank calls it.
+
+    Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/ and, at the end, model/,
+    report.json, report.md and samples.png.
+    """
+    quieten()
+    if not torch.cuda.is_available():
+        suit_cpu()
+    set_seed(config.run.seed)  # new weights are the same on every rank
+    checkpoint = find_checkpoint(config, MODEL)
+    model, processor = build_moma(config)
+    arguments = training_arguments(config, config.run.steps)
+    rows, name = first_rank_first(config, processor), digest(config.data, processor)
+    start = rows_seen(config, name)
+    if is_first():
+        show_run(config, model, rows, start)
+        prepare_folder(config, fresh=checkpoint is None)
+    trainer = MomaTrainer(
+        config=config,
+        processor=processor,
+        start=start,
+        data_digest=name,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=callbacks(config),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLine())
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(config.run.output_dir))
+    if is_first():
+        print(f"model saved in {config.run.output_dir / MODEL}", flush=True)
+        if config.report.enabled:
+            report(config.run.output_dir)
+
+
+def first_rank_first(config: MomaTrainConfig, processor: object) -> PackedRows:
+    """The rows, made by one rank while the others wait."""
+    if is_first():
+        training_rows(config.data, processor)
+    barrier()
+    return training_rows(config.data, processor)
+
+
+def show_run(config: MomaTrainConfig, model: torch.nn.Module, rows: PackedRows, start: int) -> None:
+    """Prints what learns, from what."""
+    total, learning = num_parameters(model)
+    image = rows.ids_RS >= model.config.image_token_start
+    print(
+        f"stage {config.stage}: {learning:,} of {total:,} parameters learn; experts {model.config.expert_groups}\n"
+        f"{len(rows):,} rows of {rows.ids_RS.shape[1]} tokens, {image.mean():.0%} of them image codes; "
+        f"begins at row {start:,} of the run's order",
+        flush=True,
+    )
+
+
+def report(folder: Path) -> None:
+    """In a process of its own: under ZeRO-3 this one can load no model."""
+    made = subprocess.run([sys.executable, "-m", "train.moma.report", str(folder)], check=False)
+    if made.returncode:
+        raise UserError(f"the model is saved, its report failed; make it again: python -m train.moma.report {folder}")
