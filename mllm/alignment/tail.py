@@ -29,6 +29,7 @@ from mllm.data.template import IGNORED
 from mllm.errors import UserError
 
 HIDDEN, FIRST = "hidden_BSD", "first_layer"  # keys of a batch that starts inside the model
+PICTURE = "picture_BD"  # and, where routers read it, what they are told of the rows' pictures
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 18
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of logits against their largest; other types: 0.05
@@ -65,7 +66,7 @@ def run(model: nn.Module, inputs: dict[str, Any], positions_P: Tensor | None) ->
         logits_BPV = model(**inputs, use_cache=False, logits_to_keep=keep).logits
         return None if positions_P is None else logits_BPV
     base, context, mask_BS = unwrapped(model), routing_context(model), inputs["attention_mask"]
-    context.begin(input_ids=inputs["input_ids"], attention_mask=mask_BS)
+    context.begin(input_ids=inputs["input_ids"], attention_mask=mask_BS, picture_BD=inputs.get(PICTURE))
     try:
         with skipped(decoder_layers(model)[: inputs[FIRST]]):
             decoder = base.get_decoder()
@@ -76,15 +77,15 @@ def run(model: nn.Module, inputs: dict[str, Any], positions_P: Tensor | None) ->
 
 
 def _moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Tensors on the model's device, pixels and states in its type."""
+    """Tensors on the model's device, pixels and states in its type; what routers read of pictures stays fp32."""
     base = unwrapped(model)
 
-    def move(value: Any) -> Any:
+    def move(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(base.device, base.dtype if value.is_floating_point() else value.dtype)
+        return value.to(base.device, base.dtype if value.is_floating_point() and key != PICTURE else value.dtype)
 
-    return {key: move(value) for key, value in inputs.items()}
+    return {key: move(key, value) for key, value in inputs.items()}
 
 
 def answer_logits(model: nn.Module, inputs: dict[str, Any], labels_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,10 +138,11 @@ def cache_states(
     shards, waiting = [], []
     for start in range(0, len(rows), batch_size):
         batch = data.batch(rows[start : start + batch_size])
-        hidden_BSD = entering(model, batch[0], first_layer).to(dtype)
+        states = entering(model, batch[0], first_layer)
+        states[HIDDEN] = states[HIDDEN].to(dtype)
         if start == 0:
-            _check(model, batch, hidden_BSD, first_layer)
-        waiting += _without_padding(batch, hidden_BSD)
+            _check(model, batch, states)
+        waiting += _without_padding(batch, states)
         if sum(len(sample["input_ids"]) for sample in waiting) >= SHARD_TOKENS or start + batch_size >= len(rows):
             shards.append(_write_shard(draft / f"states-{len(shards):05d}.safetensors", waiting))
             waiting = []
@@ -153,8 +155,12 @@ def _same(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return all(there[key] == value for key, value in wanted.items())
 
 
-def entering(model: nn.Module, inputs: dict[str, Any], first_layer: int) -> Tensor:
-    """The states [B, S, D] that enter decoder layer `first_layer`; that layer and those behind it are not run."""
+def entering(model: nn.Module, inputs: dict[str, Any], first_layer: int) -> dict[str, Any]:
+    """The states that enter decoder layer `first_layer`, as keys of a batch that starts there.
+
+    `hidden_BSD`, `first_layer` and, where routers read pictures, `picture_BD`. That layer and those behind it are not
+    run.
+    """
     layers, seen = decoder_layers(model), []
     if not 0 <= first_layer < len(layers):
         raise UserError(f"first_layer={first_layer} must be from 0 to {len(layers) - 1}.")
@@ -168,40 +174,43 @@ def entering(model: nn.Module, inputs: dict[str, Any], first_layer: int) -> Tens
             run(model, inputs, None)
     finally:
         hook.remove()
-    return seen[0]
+    picture_BD = routing_context(model).picture_BD
+    return {HIDDEN: seen[0], FIRST: first_layer} | ({} if picture_BD is None else {PICTURE: picture_BD})
 
 
-def _check(model: nn.Module, batch: Batch, hidden_BSD: Tensor, first_layer: int) -> None:
+def _check(model: nn.Module, batch: Batch, states: dict[str, Any]) -> None:
     """A model that does something between its embedding and its layers, or beside them, cannot be cut."""
     inputs, labels_BS, _ = batch
     whole_TV, _, _ = answer_logits(model, inputs, labels_BS)
-    cut_TV, _, _ = answer_logits(model, _cut(inputs, hidden_BSD, first_layer), labels_BS)
-    worst = ((whole_TV - cut_TV).abs().max() / whole_TV.abs().max()).item()
-    if not worst <= TOLERANCE.get(hidden_BSD.dtype, 0.05):
-        raise UserError(
-            f"{type(unwrapped(model)).__name__} cannot be run from layer {first_layer} on alone: its logits then differ"
-            f" by {worst:.2g} of the largest. Align it without a cache (cache: false)."
-        )
-
-
-def _cut(inputs: dict[str, Any], hidden_BSD: Tensor, first_layer: int) -> dict[str, Any]:
     kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    return kept | {HIDDEN: hidden_BSD, FIRST: first_layer}
-
-
-def _without_padding(batch: Batch, hidden_BSD: Tensor) -> list[dict[str, Any]]:
-    inputs, labels_BS, domains = batch
-    hidden_BSD = hidden_BSD.cpu()
-    return [
-        {"states": hidden_BSD[row, real_S], "input_ids": ids_S[real_S], "labels": labels_S[real_S], "domain": domain}
-        for row, (ids_S, labels_S, real_S, domain) in enumerate(
-            zip(inputs["input_ids"], labels_BS, inputs["attention_mask"].bool(), domains, strict=True)
+    cut_TV, _, _ = answer_logits(model, kept | states, labels_BS)
+    worst = ((whole_TV - cut_TV).abs().max() / whole_TV.abs().max()).item()
+    if not worst <= TOLERANCE.get(states[HIDDEN].dtype, 0.05):
+        raise UserError(
+            f"{type(unwrapped(model)).__name__} cannot be run from layer {states[FIRST]} on alone: its logits then"
+            f" differ by {worst:.2g} of the largest. Align it without a cache (cache: false)."
         )
+
+
+def _without_padding(batch: Batch, states: dict[str, Any]) -> list[dict[str, Any]]:
+    inputs, labels_BS, domains = batch
+    hidden_BSD = states[HIDDEN].cpu()
+    picture_BD = states.get(PICTURE, hidden_BSD.new_empty(len(hidden_BSD), 0)).cpu()
+    rows = zip(inputs["input_ids"], labels_BS, inputs["attention_mask"].bool(), domains, strict=True)
+    return [
+        {
+            "states": hidden_BSD[row, real_S],
+            "input_ids": ids_S[real_S],
+            "labels": labels_S[real_S],
+            "pictures": picture_BD[row : row + 1],
+            "domain": domain,
+        }
+        for row, (ids_S, labels_S, real_S, domain) in enumerate(rows)
     ]
 
 
 def _write_shard(path: Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("states", "input_ids", "labels")
+    keys = ("states", "input_ids", "labels", "pictures")
     save_file({key: torch.cat([sample[key] for sample in samples]).contiguous() for key in keys}, path)
     return {
         "file": path.name,
@@ -216,14 +225,15 @@ class CachedStates:
     def __init__(self, folder: str | Path, *, pad_token_id: int = 0, side: str = "right") -> None:
         """Raises UserError where the folder holds no states."""
         self.pad_token_id, self.side = pad_token_id, side
-        self._places: dict[int, tuple[Any, slice, str]] = {}
+        self._places: dict[int, tuple[Any, slice, slice, str]] = {}
         for index in sorted(Path(folder).glob(f"[!.]*/{INDEX}")):
             about = json.loads(index.read_text(encoding="utf-8"))
             self.first_layer, rows = about[FIRST], iter(about["rows"])
             for shard in about["shards"]:
                 file, start = safe_open(index.parent / shard["file"], framework="pt"), 0
-                for length, domain in zip(shard["lengths"], shard["domains"], strict=True):
-                    self._places[next(rows)] = (file, slice(start, start + length), domain)
+                for number, (length, domain) in enumerate(zip(shard["lengths"], shard["domains"], strict=True)):
+                    places = slice(start, start + length), slice(number, number + 1)
+                    self._places[next(rows)] = (file, *places, domain)
                     start += length
         if not self._places:
             raise UserError(f"{folder} holds no cached states; expected a folder written by cache_states.")
@@ -233,16 +243,18 @@ class CachedStates:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """As the model's own batch, with `hidden_BSD` and `first_layer` in the place of pictures."""
-        samples = [self._read(row) for row in rows]
+        states, ids, labels, pictures = zip(*(self._read(row) for row in rows), strict=True)
         inputs = {
-            "input_ids": padded([ids_S for _, ids_S, _ in samples], self.pad_token_id, self.side),
-            "attention_mask": padded([torch.ones_like(ids_S) for _, ids_S, _ in samples], 0, self.side),
-            HIDDEN: padded([states_SD for states_SD, _, _ in samples], 0.0, self.side),
+            "input_ids": padded(ids, self.pad_token_id, self.side),
+            "attention_mask": padded([torch.ones_like(ids_S) for ids_S in ids], 0, self.side),
+            HIDDEN: padded(states, 0.0, self.side),
             FIRST: self.first_layer,
         }
-        labels_BS = padded([labels_S for _, _, labels_S in samples], IGNORED, self.side)
-        return inputs, labels_BS, [self._places[row][2] for row in rows]
+        if pictures[0].shape[1]:
+            inputs[PICTURE] = torch.cat(pictures)
+        return inputs, padded(labels, IGNORED, self.side), [self._places[row][3] for row in rows]
 
-    def _read(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        file, place, _ = self._places[row]
-        return tuple(file.get_slice(key)[place] for key in ("states", "input_ids", "labels"))
+    def _read(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        file, tokens, number, _ = self._places[row]
+        parts = [file.get_slice(key)[tokens] for key in ("states", "input_ids", "labels")]
+        return (*parts, file.get_slice("pictures")[number])

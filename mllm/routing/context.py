@@ -28,6 +28,8 @@ class RoutingContext:
       token_ids_T [T] int64; None when the model was called with embeddings
       is_pad_T    [T] bool, True where a two-dimensional attention mask is 0; without such a mask, nowhere
       sample_T    [T] int64, the row of the batch a token belongs to
+      picture_BD  [B, D] fp32, the mean embedding of each row's pictures, see `picture_TD`; None where nobody has seen
+                  what enters the language model
       routings    layer name -> Routing, in the order the layers ran
 
     Recording is on only while the model's forward runs, so activation checkpointing does not record twice.
@@ -47,7 +49,8 @@ class RoutingContext:
         self.sample_T: Tensor | None = None
         self.routings: dict[str, Routing] = {}
         self._domains: list[str] | None = None
-        self._picture_BD: Tensor | None = None
+        self.picture_BD: Tensor | None = None
+        self._is_told = False
         self._recording = False
         self._expects_gradient = False
         self._hooks: list[Any] = []
@@ -104,19 +107,22 @@ class RoutingContext:
         inputs_embeds: Tensor | None = None,
         attention_mask: Any = None,
         continues: bool = False,
+        picture_BD: Tensor | None = None,
         expects_gradient: bool = False,
     ) -> None:
         """Start a forward: take the tokens, drop the last routings, record from now on.
 
-        `continues`: the call goes on with the rows of the last one, whose keys and values are cached.
+        `continues`: the call goes on with the rows of the last one, whose keys and values are cached. `picture_BD`
+        [B, D] tells the rows' pictures where the language model starts midway, so that its input does not.
 
         input_ids [B, S] or inputs_embeds [B, S, D] · attention_mask [B, >= S]: in a decode step with a cache it covers
         the past too, and its last S columns are this call's. Masks of any other shape say nothing about padding here.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         self.routings, self._recording, self._expects_gradient = {}, True, expects_gradient
-        if not continues:
-            self._picture_BD = None
+        if not continues or picture_BD is not None:
+            self.picture_BD = picture_BD
+        self._is_told = picture_BD is not None
         if tokens is None:
             self.is_image_T = self.token_ids_T = self.is_pad_T = self.sample_T = None
             self.batch_size = self.sequence_length = 0
@@ -191,25 +197,25 @@ class RoutingContext:
         in its row is told of it too; in generation it is not, where the picture came later.
         Raises UserError when nobody has seen them: the language model was called by itself with embeddings.
         """
-        if self._picture_BD is None:
+        if self.picture_BD is None:
             raise UserError(
                 "A router reads the row's picture, but the language model was not called through the model that holds "
                 "it, with input_ids; call the whole model, or set MoleConfig.router_reads='token'."
             )
-        return self._picture_BD[self.sample_T]
+        return self.picture_BD[self.sample_T]
 
     def see(self, inputs_embeds: Tensor | None) -> None:
         """Take what enters the language model, [B, S, D]; None where it embeds the tokens itself: then no pictures."""
-        if inputs_embeds is None or self.is_image_T is None or inputs_embeds.shape[:2].numel() != len(self.is_image_T):
+        if self._is_told or inputs_embeds is None or self.is_image_T is None:
             return
         embeds_TD, is_patch_T = inputs_embeds.detach().flatten(0, 1).float(), self.is_image_T & ~self.is_pad_T
         count_B = self.sample_T.new_zeros(self.batch_size).index_add(0, self.sample_T, is_patch_T.long())
         sums_BD = embeds_TD.new_zeros(self.batch_size, embeds_TD.shape[-1])
         shown_BD = sums_BD.index_add(0, self.sample_T, embeds_TD * is_patch_T[:, None]) / count_B.clamp(min=1)[:, None]
-        if self._picture_BD is not None:  # of the cached rows, which beam search repeats
-            before_BD = self._picture_BD.repeat_interleave(self.batch_size // len(self._picture_BD), 0)
+        if self.picture_BD is not None:  # of the cached rows, which beam search repeats
+            before_BD = self.picture_BD.repeat_interleave(self.batch_size // len(self.picture_BD), 0)
             shown_BD = shown_BD.where(count_B[:, None] > 0, before_BD)
-        self._picture_BD = shown_BD
+        self.picture_BD = shown_BD
 
     @property
     def knows_domains(self) -> bool:
