@@ -53,7 +53,7 @@ def test_an_adapter_routed_by_domain_is_scored_with_each_row_told_its_domain(bas
 
 
 def test_a_domain_without_an_expert_is_named(base, tmp_path):
-    with pytest.raises(UserError, match="no expert for domain 'biomedical'"):
+    with pytest.raises(UserError, match="No expert is meant for domain 'biomedical'"):
         arm(base, adapter_for(base, tmp_path, ["document", "general"]))
 
 

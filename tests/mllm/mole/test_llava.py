@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from mllm.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss
 from mllm.routing import RoutingStats
 from tests.mllm.mole.helpers import wake
@@ -89,11 +90,17 @@ def test_generation_with_and_without_a_cache_agree(llava):
     assert torch.equal(with_cache, without)
 
 
-def test_called_with_embeddings_the_modality_is_unknown(llava):
-    model, _ = llava
+def test_called_with_embeddings_the_modality_is_unknown():
+    model = get_peft_model(tiny_llava()[0], MoleConfig(r=2, router_reads="token"))
     model(inputs_embeds=torch.randn(2, 5, 32))
     assert routing_context(model).is_image_T is None
     assert routing_context(model).is_pad_T.shape == (10,)
+
+
+def test_a_router_that_reads_pictures_refuses_embeddings_in_which_nobody_can_find_them(llava):
+    model, _ = llava
+    with pytest.raises(UserError, match="A router reads the row's picture"):
+        model(inputs_embeds=torch.randn(2, 5, 32))
 
 
 def test_saved_and_loaded_with_its_projector_gives_equal_logits(llava, tmp_path):
