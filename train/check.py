@@ -45,6 +45,8 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     mixture = load_mixture(config.data.mixture)
     name_domains(config, adapter, mixture)
     find_checkpoint(config)
+    if start is not None and (start / "adapter_config.json").is_file():
+        check_domains(PeftConfig.from_pretrained(str(start)), mixture)
     check_domains(adapter, mixture)
     if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
         check_pictures_exist(mixture)
@@ -65,8 +67,8 @@ def check_domains(adapter: PeftConfig | None, mixture: Mixture) -> None:
         unknown = [domain for domain in mixture.domains if domain not in adapter.expert_domains]
         if unknown:
             raise UserError(
-                f"model.adapter.expert_domains are {', '.join(adapter.expert_domains)}, but the mixture also holds"
-                f" {', '.join(unknown)}. Name every domain, in the order of experts."
+                f"The adapter's expert_domains are {', '.join(adapter.expert_domains)}, but the mixture also holds"
+                f" {', '.join(unknown)}. Name every domain, in the order of experts (model.adapter.expert_domains)."
             )
 
 

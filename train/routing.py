@@ -20,6 +20,8 @@ from mllm.routing import BalanceWindow, RoutingStats
 from mllm.routing.watch import RoutingWatch
 from train.ranks import summed, world_size
 
+EYES = ("vision_tower", "multi_modal_projector")  # what embeds pictures
+
 
 def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> float | None:
     """Where routers read pictures and are to start from them: does so as `start_routers`, from the first rows.
@@ -32,10 +34,16 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
         return None
     domains = samples.mixture.domain_of_row
     rows = start_rows(domains, map(int, order))
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    base = model.get_base_model().to(device)
+    base = model.get_base_model()
+    home = base.device
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else home
+    eyes = [part for name, part in base.named_modules() if name.rpartition(".")[2] in EYES]  # the rest may not fit yet
+    for part in eyes:
+        part.to(device)
     pictures_ND = torch.stack([mean_picture(base, samples[row]["pixel_values"].to(device)) for row in rows])
-    right = start_routers(model, pictures_ND, [domains[row] for row in rows])
+    for part in eyes:
+        part.to(home)
+    right = start_routers(model, pictures_ND.to(home), [domains[row] for row in rows])
     if os.environ.get("RANK", "0") == "0":
         print(f"routers start from {config.router_start}: {right:.0%} of {len(rows)} rows right", flush=True)
     return right

@@ -15,19 +15,23 @@ from mllm.errors import UserError
 from mllm.mole import MoleConfig
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
-from train.check import check_domains
-from train.routing import RunRouting, routing_table
+from train.check import check_domains, name_domains
+from train.routing import RunRouting, routing_table, start_from_domains
 from train.trainer import answer_losses
 
 LAYERS = 2
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    """A function that makes a tiny model with MOLE and its RunRouting, and one that makes a batch of some rows."""
+def samples(tmp_path_factory):
     mixture = load_mixture(write_rows(tmp_path_factory.mktemp("routing")))
-    _, processor = tiny_llava()
-    samples, collate = EncodedMixture(mixture, ConversationEncoder(processor, 256)), Collator(processor)
+    return EncodedMixture(mixture, ConversationEncoder(tiny_llava()[1], 256))
+
+
+@pytest.fixture(scope="module")
+def setting(samples):
+    """A function that makes a tiny model with MOLE and its RunRouting, and one that makes a batch of some rows."""
+    collate = Collator(tiny_llava()[1])
 
     def model(**adapter) -> tuple[torch.nn.Module, RunRouting]:
         torch.manual_seed(0)
@@ -193,3 +197,29 @@ def test_a_domain_without_an_expert_is_refused_before_the_run():
     check_domains(adapter, SimpleNamespace(domains=["numbers"]))
     with pytest.raises(UserError, match="also holds pictures"):
         check_domains(adapter, SimpleNamespace(domains=["numbers", "pictures"]))
+
+
+def test_a_run_teaches_the_domains_of_its_mixture_unless_it_is_told_otherwise():
+    mixture = SimpleNamespace(domains=["numbers", "pictures"])
+
+    def named(**adapter):
+        config = SimpleNamespace(model=SimpleNamespace(adapter={"type": "mole"} | adapter))
+        name_domains(config, MoleConfig(**adapter), mixture)
+        return config.model.adapter.get("expert_domains")
+
+    assert named() == ["numbers", "pictures"]
+    assert named(domain_loss_weight=0.0) is None
+    assert named(router="frozen_random", balance="none") is None
+    assert named(expert_domains=["pictures", "numbers", "sounds"]) == ["pictures", "numbers", "sounds"]
+
+
+def test_routers_start_from_the_mixtures_own_rows(setting, samples):
+    make, batch = setting
+    model, routing = make(num_experts=2, expert_domains=["numbers", "pictures"], router_reads="picture")
+    assert start_from_domains(model, samples, range(16)) == 1.0
+    forward(model, routing, batch(0, 1, 2, 3))  # pictures, numbers, pictures, numbers
+    context = routing.context
+    for decided in context.routings.values():
+        assert torch.equal(decided.expert_ids_TK[:, 0], 1 - context.sample_T % 2)
+    plain, _ = make(router_reads="token")
+    assert start_from_domains(plain, samples, range(16)) is None
