@@ -127,8 +127,7 @@ def test_auxiliary_routers_learn_and_nothing_else_does(folder, zero_0):
 
 
 def test_upcycling_goes_on_with_the_data_and_starts_from_copies(folder, seed):
-    precision = "dtype: bf16, gradient_checkpointing: true"  # weights stay fp32, so copies can be told from the seed
-    start = f"model={{start_from: '{seed}/model', preset: 2t2i, {precision}}}"
+    start = f"model={{start_from: '{seed}/model', preset: 2t2i}}"
     output = run(folder, "upcycled", "stage=upcycle", start, "optim.lr=1e-12", "optim.schedule=constant")
     one, many = (load_file(path / "model" / "model.safetensors") for path in (seed, output))
     name = "model.layers.0.ffn.experts.down_proj"
