@@ -12,7 +12,7 @@ from mllm.data.mixture import Mixture, load_mixture
 from mllm.errors import UserError
 from mllm.mole import MoleConfig
 from train.config import RunSection, TrainConfig, read_yaml
-from train.parts import adapter_config
+from train.parts import adapter_config, starts_from_adapter
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -45,7 +45,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     mixture = load_mixture(config.data.mixture)
     name_domains(config, adapter, mixture)
     find_checkpoint(config)
-    if start is not None and (start / "adapter_config.json").is_file():
+    if config.stage == "instruct" and starts_from_adapter(config.model):
         check_domains(PeftConfig.from_pretrained(str(start)), mixture)
     check_domains(adapter, mixture)
     if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
@@ -57,7 +57,8 @@ def name_domains(config: TrainConfig, adapter: PeftConfig | None, mixture: Mixtu
     """Fills in the domains that experts are meant for, where the router is to be taught them and they are several."""
     if not isinstance(adapter, MoleConfig) or adapter.expert_domains or not adapter.learns:
         return
-    if adapter.domain_loss_weight > 0 and len(mixture.domains) > 1:
+    is_labelled = adapter.domain_loss_weight > 0 and adapter.router_start != "clusters"
+    if is_labelled and len(mixture.domains) > 1:
         config.model.adapter["expert_domains"] = list(mixture.domains)
 
 
@@ -68,7 +69,8 @@ def check_domains(adapter: PeftConfig | None, mixture: Mixture) -> None:
         if unknown:
             raise UserError(
                 f"The adapter's expert_domains are {', '.join(adapter.expert_domains)}, but the mixture also holds"
-                f" {', '.join(unknown)}. Name every domain, in the order of experts (model.adapter.expert_domains)."
+                f" {', '.join(unknown)}. Name every domain in model.adapter.expert_domains, in the order of experts; an"
+                " adapter started from keeps its own, so start a new one, or tag the rows with a domain it has."
             )
 
 

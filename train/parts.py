@@ -65,6 +65,11 @@ def make_adapter(values: Mapping[str, Any], key: str) -> PeftConfig:
         raise UserError(f"{key}: {error}") from None
 
 
+def starts_from_adapter(section: ModelSection) -> bool:
+    """Whether `start_from` is a whole adapter, not just the projector of a stage align run."""
+    return section.start_from is not None and (section.start_from / "adapter_config.json").is_file()
+
+
 def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGeneration, LlavaProcessor]:
     """The model with the stage's weights set to train, in fp32; the rest frozen, in `model.dtype`.
 
@@ -72,7 +77,7 @@ def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGen
     adapters made on weights that transformers had split while loading would be of size zero.
     """
     section = config.model
-    is_adapter = section.start_from is not None and (section.start_from / "adapter_config.json").is_file()
+    is_adapter = starts_from_adapter(section)
     if is_adapter and (section.adapter is not None or config.stage == "align"):
         raise UserError(
             f"model.start_from {section.start_from} is a whole adapter, whose settings are kept: drop model.adapter"

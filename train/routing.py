@@ -6,6 +6,7 @@ Nothing here is counted twice under activation checkpointing: recomputation in b
 import os
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
     if not isinstance(config, MoleConfig) or not config.starts_from_pictures:
         return None
     domains = samples.mixture.domain_of_row
-    rows = start_rows(domains, map(int, order))
+    rows = start_rows(domains, chain(map(int, order), range(len(domains))))
     base = model.get_base_model()
     home = base.device
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else home
@@ -45,7 +46,8 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
         part.to(home)
     right = start_routers(model, pictures_ND.to(home), [domains[row] for row in rows])
     if os.environ.get("RANK", "0") == "0":
-        print(f"routers start from {config.router_start}: {right:.0%} of {len(rows)} rows right", flush=True)
+        of = f"{config.router_start} ({', '.join(config.expert_domains or [])})"
+        print(f"routers start from {of}: {right:.0%} of held-out rows right; near chance, at random", flush=True)
     return right
 
 
@@ -54,7 +56,8 @@ def mean_picture(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> 
     """[D] fp32 mean embedding of a row's pictures [N, 3, H, W]; zeros without one."""
     if not len(pixel_values):
         return torch.zeros(model.config.get_text_config().hidden_size, device=pixel_values.device)
-    embeds = model.get_image_features(pixel_values.to(model.dtype)).pooler_output
+    with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        embeds = model.get_image_features(pixel_values.to(model.dtype)).pooler_output  # the trained projector is fp32
     return torch.cat(list(embeds)).float().flatten(0, -2).mean(0)
 
 

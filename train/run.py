@@ -24,7 +24,7 @@ from mllm.data.mixture import Mixture
 from mllm.data.template import ConversationEncoder
 from train.check import ADAPTER, CHECKPOINTS, SETTINGS, find_checkpoint
 from train.config import TrainConfig
-from train.parts import build_model, part_of, part_rate, trained
+from train.parts import build_model, part_of, part_rate, starts_from_adapter, trained
 from train.routing import routing_table, start_from_domains
 from train.trainer import LOG, LogFile, MllmTrainer, ProgressLine
 from train.zero import deepspeed_config
@@ -46,7 +46,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     encoder = ConversationEncoder(processor, min(config.data.max_length, positions))
     card = base_card(model, config.model.path, processor)
-    if checkpoint is None and config.model.start_from is None:
+    if checkpoint is None and not starts_from_adapter(config.model):
         start_from_domains(model, EncodedMixture(mixture, encoder), mixture.order(config.run.seed, 0))
     steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
     if is_first():

@@ -135,7 +135,7 @@ def train_trial(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     config = model.peft_config["default"]
-    if isinstance(config, MoleConfig) and config.starts_from_pictures:
+    if isinstance(config, MoleConfig) and config.starts_from_pictures and len(data.image_embeds):
         first = start_rows(data.domains, range(len(data)) if rows is None else rows)
         start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
     return learn(model, data, schedule, rows=rows, on_step=on_step)

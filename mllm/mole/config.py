@@ -214,6 +214,10 @@ class MoleConfig(PeftConfig):
             'expert_domains needs router="oracle_domain", or one that learns': bool(self.expert_domains)
             and self.router != "oracle_domain"
             and not learns,
+            'router_start="clusters" goes without labels: leave expert_domains out': self.router_start == "clusters"
+            and bool(self.expert_domains),
+            'router_start="clusters" needs a router that reads pictures': self.router_start == "clusters"
+            and (self.router_reads == "token" or self.router_input == "linear" or not learns),
             'router_reads="picture" or "both" needs router_input="block": a linear is told nothing but its own input': (
                 self.router_input == "linear" and self.router_reads in ("picture", "both")
             ),

@@ -20,14 +20,18 @@ LOGIT_SPREAD = 5.0  # standard deviation of the logits that routers start with: 
 
 @torch.no_grad()
 def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str]) -> float:
-    """Sets the routers' weights on the picture as `MoleConfig.router_start` says; returns the share of rows right.
+    """Sets the routers' weights on the picture as `MoleConfig.router_start` says, if that tells rows apart.
 
     pictures_ND [N, D]: each row's mean picture embedding, as in `RoutingContext.picture_TD`; some dozens a domain do.
     `domains[n]` is one of `expert_domains`; clusters do not look at them. Experts of the same class start with the same
-    weights here; what they read of the token keeps them apart. Call it before training, on all ranks alike.
+    weights here; what they read of the token keeps them apart. Experts of a domain without rows stay as they are.
+    Call it before training, on all ranks alike.
+
+    Returns the share of rows that a discriminant of the other half of the rows has right. Up to half above chance
+    nothing is set, since a confident split by noise would be worse than none.
 
     Raises:
-        UserError: there is nothing to set (see `MoleConfig.starts_from_pictures`), or a domain without a row.
+        UserError: there is nothing to set (see `MoleConfig.starts_from_pictures`), or a domain that no expert is for.
     """
     modules = list(routed_modules(model))
     config = modules[0].config if modules else None
@@ -38,29 +42,52 @@ def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str])
         )
     pictures_ND = pictures_ND.float()
     if config.router_start == "clusters":
-        num_classes = config.num_experts
-        class_N = clusters(pictures_ND, num_classes)
+        class_N, num_classes = clusters(pictures_ND, config.num_experts), config.num_experts
     else:
-        num_classes = len(config.expert_domains)
-        class_N = _numbers(domains, config.expert_domains).to(pictures_ND.device)
-    weight_CD, bias_C = linear_discriminant(pictures_ND, class_N, num_classes)
-    logits_NC = pictures_ND @ weight_CD.T + bias_C
-    scale = LOGIT_SPREAD / logits_NC.std().clamp(min=1e-6)
-    due_EC = config.layout.due_PDE(num_classes).any(0).T.to(weight_CD)
-    due_EC /= due_EC.sum(1, keepdim=True)  # an expert of several classes starts half-way between them
+        class_N, num_classes = _numbers(domains, config.expert_domains), len(config.expert_domains)
+    found, class_N = class_N.to(pictures_ND.device).unique(return_inverse=True)
+    right = share_told(pictures_ND, class_N, len(found))
+    if right <= 1.5 / len(found):
+        return right
+    weight_CD, bias_C = linear_discriminant(pictures_ND, class_N, len(found))
+    scale = LOGIT_SPREAD / (pictures_ND @ weight_CD.T + bias_C).std()
+    due_EC = config.layout.due_PDE(num_classes).any(0).T.to(weight_CD)[:, found]
+    set_E = due_EC.any(1).cpu()
+    due_EC = due_EC[set_E] / due_EC[set_E].sum(1, keepdim=True)  # of several classes: half-way between them
     for module in modules:
         (router,) = module.mole_router.values()
-        weight, bias, num_experts = router.router.weight, router.router.bias, config.num_experts
-        weight[:num_experts, -weight_CD.shape[1] :] = (scale * due_EC @ weight_CD).to(weight)
-        bias[:num_experts] = (scale * due_EC @ bias_C).to(bias)
-    return (logits_NC.argmax(1) == class_N).float().mean().item()
+        weight, bias = router.router.weight, router.router.bias
+        rows = set_E.nonzero().flatten().to(weight.device)
+        weight[rows, -weight_CD.shape[1] :] = (scale * due_EC @ weight_CD).to(weight)
+        bias[rows] = (scale * due_EC @ bias_C).to(bias)
+    return right
+
+
+def share_told(features_ND: Tensor, class_N: Tensor, num_classes: int) -> float:
+    """The share of rows that the discriminant of the other half has right; each class is halved at random.
+
+    0 where a class has one row only.
+    """
+    half_N, generator = torch.zeros_like(class_N), torch.Generator().manual_seed(0)
+    for c in range(num_classes):
+        rows = (class_N == c).nonzero().flatten()
+        half_N[rows] = torch.randperm(len(rows), generator=generator).to(rows) % 2
+    if class_N.bincount(minlength=num_classes).min() < 2:
+        return 0.0
+    right = 0
+    for half in range(2):
+        seen, asked = half_N == half, half_N != half
+        weight_CD, bias_C = linear_discriminant(features_ND[seen], class_N[seen], num_classes)
+        right += ((features_ND[asked] @ weight_CD.T + bias_C).argmax(1) == class_N[asked]).sum().item()
+    return right / len(class_N)
 
 
 def _numbers(domains: Sequence[str], known: Sequence[str]) -> Tensor:
-    if set(known) != set(domains):
+    unknown = sorted(set(domains) - set(known))
+    if unknown:
         raise UserError(
-            f"start_routers needs rows of each of the expert_domains {', '.join(known)} and of no other, got rows of "
-            f"{', '.join(sorted(set(domains)))}."
+            f"start_routers got rows of {', '.join(unknown)}, for which no expert is meant; the expert_domains are "
+            f"{', '.join(known)}."
         )
     return torch.tensor([known.index(domain) for domain in domains])
 

@@ -16,6 +16,7 @@ from mllm.mole import MoleConfig
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
 from train.check import check_domains, name_domains
+from train.parts import starts_from_adapter
 from train.routing import RunRouting, routing_table, start_from_domains
 from train.trainer import answer_losses
 
@@ -209,6 +210,7 @@ def test_a_run_teaches_the_domains_of_its_mixture_unless_it_is_told_otherwise():
 
     assert named() == ["numbers", "pictures"]
     assert named(domain_loss_weight=0.0) is None
+    assert named(router_start="clusters") is None
     assert named(router="frozen_random", balance="none") is None
     assert named(expert_domains=["pictures", "numbers", "sounds"]) == ["pictures", "numbers", "sounds"]
 
@@ -223,3 +225,19 @@ def test_routers_start_from_the_mixtures_own_rows(setting, samples):
         assert torch.equal(decided.expert_ids_TK[:, 0], 1 - context.sample_T % 2)
     plain, _ = make(router_reads="token")
     assert start_from_domains(plain, samples, range(16)) is None
+
+
+def test_a_trained_projector_in_fp32_on_a_bf16_base_embeds_pictures_for_the_start(samples):
+    base, _ = tiny_llava()
+    model = get_peft_model(base.to(torch.bfloat16), MoleConfig(r=2, expert_domains=["numbers", "pictures"]))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    assert start_from_domains(model, samples, range(16)) == 1.0
+
+
+def test_a_projector_to_start_from_is_no_adapter_whose_routers_are_trained_already(tmp_path):
+    section = SimpleNamespace(start_from=tmp_path)
+    assert not starts_from_adapter(section)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert starts_from_adapter(section)

@@ -117,6 +117,10 @@ class ConflictConfig(Section):
     def arms(self) -> list[Arm]:
         """The arms to run, the baseline among them. Raises UserError for a name that is not known."""
         known = ARMS | {name: own_arm(name, settings) for name, settings in self.own_arms.items()}
+        if self.run.baseline not in known or self.run.baseline == "single":
+            raise UserError(
+                f"run.baseline must be one arm that trains on the mix, such as mix, not {self.run.baseline!r}."
+            )
         asked = [self.run.arms] if isinstance(self.run.arms, str) else self.run.arms
         names = [name for word in [self.run.baseline, *asked] for name in GROUPS.get(word, [word])]
         for name in names:

@@ -74,6 +74,8 @@ def test_a_wrong_value_is_refused_with_what_is_right(config, said):
             'expert_domains needs router="oracle_domain", or one that learns',
         ),
         ({"router": "hash_token", "balance": "none", "router_reads": "both"}, "decides by rule and reads nothing"),
+        ({"router_start": "clusters", "expert_domains": ["general"]}, 'clusters" goes without labels'),
+        ({"router_start": "clusters", "router_reads": "token"}, 'clusters" needs a router that reads pictures'),
         ({"router_input": "linear", "router_reads": "picture"}, 'router_reads="picture" or "both" needs router_input'),
         ({"router": "oracle_domain", "balance": "none"}, "needs expert_domains"),
         ({"router": "frozen_random"}, "'frozen_random' does not learn, so balance must be \"none\""),

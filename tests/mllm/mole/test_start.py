@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from mllm.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss, start_routers
-from mllm.mole.start import ROWS_OF_A_DOMAIN, clusters, linear_discriminant, start_rows
+from mllm.mole.start import ROWS_OF_A_DOMAIN, clusters, linear_discriminant, share_told, start_rows
 from tests.mllm.mole.helpers import wake
 from tests.tiny import tiny_image, tiny_language_model, tiny_llava
 
@@ -220,15 +220,43 @@ def test_two_classes_of_one_covariance_have_the_log_odds_of_bayes_rule():
 def test_started_routers_send_each_domain_to_its_experts_at_once(llava, reads):
     make, inputs = llava
     model = make(router_reads=reads)
-    seen = [pictures(model, inputs(colour)) for colour in ("red", "blue", "red", "blue")]
-    jitter = torch.cat(seen) + 1e-3 * torch.randn(4, seen[0].shape[1], generator=torch.Generator().manual_seed(0))
-    assert start_routers(model, jitter, ["warm", "cold"] * 2) == 1.0
+    seen = torch.cat([pictures(model, inputs(colour)) for colour in ("red", "blue") * 4])
+    jitter = seen + 1e-3 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
+    assert start_routers(model, jitter, ["warm", "cold"] * 4) == 1.0
     model(**inputs("red", "blue"))
     context = routing_context(model)
     for routing in context.routings.values():
-        assert (routing.expert_ids_TK[:, 0] == 1 - context.sample_T).float().mean() > (
-            0.99 if reads == "picture" else 0.8
-        )
+        right = (routing.expert_ids_TK[:, 0] == 1 - context.sample_T).float().mean()
+        assert right > (0.99 if reads == "picture" else 0.8)
+
+
+def test_rows_that_look_alike_leave_the_routers_as_they_were(llava):
+    make, _ = llava
+    model = make()
+    before = {name: weight.clone() for name, weight in model.named_parameters() if "mole_router" in name}
+    noise_ND = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
+    assert start_routers(model, noise_ND, DOMAINS * 30) < 0.75
+    assert start_routers(model, torch.zeros(60, 32), DOMAINS * 30) <= 0.5
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
+
+
+def test_the_share_told_is_of_rows_that_the_discriminant_has_not_seen():
+    many = torch.randn(40, 400, generator=torch.Generator().manual_seed(0))  # more features than rows: fits any labels
+    class_N = torch.arange(40) % 2
+    weight_CD, bias_C = linear_discriminant(many, class_N, 2)
+    assert torch.equal((many @ weight_CD.T + bias_C).argmax(1), class_N)
+    assert share_told(many, class_N, 2) < 0.75
+
+
+def test_experts_of_a_domain_without_rows_stay_as_they_were(llava):
+    make, _ = llava
+    model = make(num_experts=3, expert_domains=["absent", *DOMAINS])
+    (weight, *_) = (w for name, w in model.named_parameters() if "mole_router" in name and name.endswith("weight"))
+    before = weight.clone()
+    features_ND, class_N = two_kinds()
+    start_routers(model, features_ND, [DOMAINS[c] for c in class_N])
+    assert torch.equal(weight[0], before[0])
+    assert not torch.equal(weight[1:], before[1:])
 
 
 def test_experts_of_one_domain_start_alike_on_the_picture_and_apart_on_the_token(llava):
@@ -277,7 +305,7 @@ def test_too_few_rows_for_the_clusters_are_refused():
         ({"router_start": "random"}, ["cold", "warm"], "needs a model with MOLE whose routers learn and read pictures"),
         ({"router_reads": "token"}, ["cold", "warm"], "needs a model with MOLE whose routers learn and read pictures"),
         ({"expert_domains": None}, ["cold", "warm"], "needs a model with MOLE whose routers learn and read pictures"),
-        ({}, ["cold", "cold"], "needs rows of each of the expert_domains cold, warm and of no other, got rows of cold"),
+        ({}, ["cold", "hot"], "got rows of hot, for which no expert is meant; the expert_domains are cold, warm"),
     ],
 )
 def test_a_start_that_cannot_be_made_is_refused(llava, adapter, domains, said):

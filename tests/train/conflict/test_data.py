@@ -116,6 +116,8 @@ def test_a_drawer_of_clashes_is_given_the_dial(tmp_path, monkeypatch):
         ("optim.lr=1e-3", "optim.lr: every arm's rate is chosen on validation"),
         ("run.lrs=[1e-3, 1e-3]", "lrs must be different rates"),
         ("run.lrs=[]", "run.lrs"),
+        ("run.baseline=main", "run.baseline must be one arm that trains on the mix"),
+        ("run.baseline=single", "run.baseline must be one arm that trains on the mix"),
         ("own_arms={mix: {}}", "own_arms.mix: there is an arm of that name already"),
     ],
 )
