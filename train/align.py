@@ -1,8 +1,9 @@
 """Stage align_routers, on one rank: routers of an adapter that is there learn to route like neighbours (RoMA).
 
 What is dear is kept in the folder `work` of the output_dir: the answers that tell who succeeded, and the states
-entering the first trained layer. A run that was interrupted takes both from there; the training itself is short and starts again, so there
-are no checkpoints. Settings of other stages (`data.workers`, `model.gradient_checkpointing`, …) have no meaning here.
+entering the first trained layer. A run that was interrupted takes both from there; the training itself is short and
+starts again, so there are no checkpoints. Settings of other stages (`data.workers`, `model.gradient_checkpointing`, …)
+have no meaning here.
 
 N rows, R length of a routing vector.
 """
