@@ -3,9 +3,10 @@
     0  every domain answers in neutral words: nothing to be in conflict about but the pictures
     1  miniworld as it is: shared forms of question, each domain's own convention for the answer
     2  look-alikes: all domains show the same kind of scene, each on its own ground, and each has its own word for
-       everything (its code book); the ground alone tells which
+       everything (its code book), which is never the neutral one that a base may know; the ground alone tells which
 
-With ``cue`` every question begins with its domain's name, so that the prompt tells too.
+With ``cue`` every question begins with its domain's name, so that the prompt tells too. Without ``grounds`` the grounds
+of look-alikes are those of the scenes, the same in all domains, so that nothing but a cue can tell.
 """
 
 import json
@@ -26,22 +27,32 @@ from mllm.errors import UserError
 
 CARD = "clashes.json"  # what a folder was drawn with, and the sign that we may replace it
 LOOK_ALIKES = 2
+WORDS = (tuple(COLOURS), SHAPES, tuple("12345"), ("top", "left", "bottom", "right", "center"))
+YES_NO = (("no", "yes"), ("true", "false"), ("present", "absent"))
 GROUNDS: dict[str, Colour] = {"general": (214, 234, 248), "document": (250, 222, 170), "biomedical": (150, 170, 150)}
-NUMBERS = tuple("12345")
 
 
-def code_book(turn: int) -> dict[str, str]:
-    """What a look-alike domain says instead of each neutral word: all words of a kind moved on by ``turn`` places."""
-    cycles = (tuple(COLOURS), SHAPES, NUMBERS, ("top", "middle", "bottom"), ("left", "center", "right"))
-    book = {word: cycle[(k + turn) % len(cycle)] for cycle in cycles for k, word in enumerate(cycle)}
-    return book | dict(zip(("yes", "no"), (("yes", "no"), ("no", "yes"), ("yes sir", "no sir"))[turn], strict=True))
+def code_book(number: int) -> dict[str, str]:
+    """What look-alike domain ``number`` says instead of each neutral word: another word of its kind.
+
+    Words of a kind are moved on by ``number`` + 1 places, so no two books agree on a word, nor with neutral answers.
+    """
+    book = {word: kind[(k + number + 1) % len(kind)] for kind in WORDS for k, word in enumerate(kind)}
+    return book | dict(zip(("yes", "no"), YES_NO[number], strict=True))
 
 
-CODE_BOOKS = {domain: code_book(turn) for turn, domain in enumerate(DOMAINS)}
+CODE_BOOKS = {domain: code_book(number) for number, domain in enumerate(DOMAINS)}
 
 
 def write(
-    out: Path, sizes: dict[Split, int], *, clash: int = 1, cue: bool = False, questions: int = 2, seed: int = 0
+    out: Path,
+    sizes: dict[Split, int],
+    *,
+    clash: int = 1,
+    cue: bool = False,
+    grounds: bool = True,
+    questions: int = 2,
+    seed: int = 0,
 ) -> Path:
     """Writes {train,val,test}.json and images/, ``sizes[split]`` scenes a domain, whole or not at all.
 
@@ -50,12 +61,15 @@ def write(
     """
     if clash not in range(LOOK_ALIKES + 1):
         raise UserError(f"clash must be 0, 1 or 2, got {clash}: {__doc__.strip()}")
-    card = {"seed": seed, "questions": questions, "sizes": sizes, "clash": clash, "cue": cue}
-    card["recipe"], card["code_books"], card["grounds"] = (
-        recipe_version(),
-        CODE_BOOKS,
-        {k: list(v) for k, v in GROUNDS.items()},
-    )
+    card = {
+        "seed": seed,
+        "questions": questions,
+        "sizes": sizes,
+        "clash": clash,
+        "cue": cue,
+        "recipe": recipe_version(),
+    }
+    card |= {"code_books": CODE_BOOKS, "grounds": {k: list(v) for k, v in GROUNDS.items()} if grounds else None}
     if (out / CARD).exists() and json.loads((out / CARD).read_text()) == card:
         return out
     if out.exists() and not (out / CARD).exists():
@@ -66,7 +80,7 @@ def write(
         rows = []
         for domain in DOMAINS:
             (draft / "images" / domain / split).mkdir(parents=True)
-            drawn = pictures(domain, split, size, clash=clash, questions=questions, seed=seed)
+            drawn = pictures(domain, split, size, clash=clash, grounds=grounds, questions=questions, seed=seed)
             for index, (picture, source, asked) in enumerate(track(drawn, f"{domain} {split}", size, transient=True)):
                 name = f"{domain}/{split}/{index:06d}"
                 picture.save(draft / f"images/{name}.png", compress_level=1)
@@ -79,7 +93,7 @@ def write(
 
 
 def pictures(
-    domain: str, split: Split, size: int, *, clash: int, questions: int, seed: int
+    domain: str, split: Split, size: int, *, clash: int, grounds: bool, questions: int, seed: int
 ) -> Iterator[tuple[Image.Image, str, list[Question]]]:
     """Pictures of a domain with source and questions. No scene of one split or domain occurs in another."""
     if clash < LOOK_ALIKES:
@@ -90,7 +104,9 @@ def pictures(
     turn = DOMAINS.index(domain)
     dealt = islice(scenes("general", split, size * len(DOMAINS), seed), turn, None, len(DOMAINS))
     for scene, rng in dealt:
-        picture = on_ground(scene.paint(rng), tinted(rng, GROUNDS[domain], 6))
+        picture = scene.paint(rng)
+        if grounds:
+            picture = on_ground(picture, tinted(rng, GROUNDS[domain], 6))
         asked = scene.ask_several(rng, NEUTRAL, questions)
         yield picture, f"{domain} scenes", [coded(question, CODE_BOOKS[domain]) for question in asked]
 

@@ -174,8 +174,9 @@ def load(
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
     """A short hash of what an adapter depends on.
 
-    Covers kinds and sizes of the parts, and samples of the language model's input embedding and of the tower's first
-    weights. Samples are cast to bfloat16, so that a model loaded in float32 and in bfloat16 has the same one.
+    Covers kinds and sizes of the parts, and samples of the language model's input embedding, of the tower's first
+    weights and of the projector. Samples are cast to bfloat16, so that a model loaded in float32 and in bfloat16 has
+    the same one.
 
     Raises:
         ValueError: the weights are not whole in this process (meta device, ZeRO-3 partitions): gather them first.
@@ -188,7 +189,10 @@ def fingerprint(model: PreTrainedModel | PeftModel) -> str:
         vision.patch_size,
     ]
     digest = hashlib.sha256(json.dumps(sizes).encode())
-    for weight in (base.get_input_embeddings().weight, next(base.model.vision_tower.parameters())):
+    projector = base.model.multi_modal_projector  # wrapped where an adapter trains it: then the base's own
+    projector = getattr(projector, "original_module", projector)
+    first = (base.get_input_embeddings().weight, next(base.model.vision_tower.parameters()))
+    for weight in (*first, *projector.parameters()):
         if weight.is_meta or weight.numel() == 0:
             raise ValueError("fingerprint needs whole weights in this process; gather partitioned ones first.")
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 4096)]

@@ -17,15 +17,18 @@ Settings = Mapping[str, Any] | Callable[[int, Sequence[str]], Mapping[str, Any]]
 class Arm:
     """`settings` None tunes all weights of the language model instead of an adapter.
 
-    trains: "mix", or "domain": a model for each domain, scored on it, or "twice": the mix with twice the samples.
+    trains: "mix", or "domain": a model for each domain, scored on it, or "twice": the mix with twice the samples, or
+        "nothing": the base as it is.
     rate: what every learning rate of the grid is multiplied by.
+    is_control: stands there to be compared with, and is no answer to a conflict.
     """
 
     name: str
     says: str
     settings: Settings | None = field(default_factory=dict, hash=False)
-    trains: Literal["mix", "domain", "twice"] = "mix"
+    trains: Literal["mix", "domain", "twice", "nothing"] = "mix"
     rate: float = 1.0
+    is_control: bool = False
 
 
 # One expert that every token takes, by a rule that has no weights and costs nothing, is plain LoRA.
@@ -40,7 +43,8 @@ ALL_EXPERTS |= {"expert_path": "masked"}
 PAPER = {"router_reads": "token", "domain_loss_weight": 0.0}
 FROZEN = {"router": "frozen_random", "balance": "none"}
 RELEASED = {"gate": "none", "balance": "sample"}
-ADAMOE = {"top_k": 4, "num_null_experts": 5, "gate": "softmax"}
+ADAMOE = {"top_k": 4, "num_null_experts": 5, "gate": "softmax", "renormalize": True}
+ANNEALED = {"balance_loss_weight": 0.08, "balance_final_weight": 4e-4, "balance_schedule": "step"}
 
 
 def _taught(**changes: Any) -> Settings:
@@ -66,7 +70,7 @@ def _combined(experts: int, domains: Sequence[str]) -> dict[str, Any]:
     """As train/configs/combined.yaml: as many nulls as a modality has real experts, half of two picks real."""
     groups = _groups(experts, domains)
     nulls = {name: groups["expert_groups"][name] + groups["expert_groups"]["shared"] for name in ("image", "text")}
-    rest = {"null_logits": "shared", "top_k": 2, "real_share": 0.5, "z_loss_weight": 1e-3}
+    rest = {"null_logits": "shared", "top_k": 2, "real_share": 0.5, "z_loss_weight": 1e-3, "balance_loss_weight": 0.02}
     return groups | {"num_null_experts": nulls} | rest
 
 
@@ -76,22 +80,24 @@ def _taught_combined(experts: int, domains: Sequence[str]) -> dict[str, Any]:
 
 
 _TABLE = (
-    Arm("single", "LoRA on each domain alone", LORA, trains="domain"),
+    Arm("base", "the base, not trained at all", LORA, trains="nothing", is_control=True),
+    Arm("single", "LoRA on each domain alone", LORA, trains="domain", is_control=True),
     Arm("mix", "LoRA on the mix", LORA),
     Arm("wide", "LoRA on the mix at E times the rank: as many weights as the experts", _wide),
-    Arm("twice", "LoRA on the mix with twice the samples", LORA, trains="twice"),
+    Arm("twice", "LoRA on the mix with twice the samples", LORA, trains="twice", is_control=True),
     Arm("full", "all weights of the language model, on the mix", None, rate=0.1),
     Arm("mole", "experts as LLaVA-MoLE claims them; straight-through gate, balance over the whole batch", PAPER),
     Arm("mole_softmax", "mole, the pick weighed by its probability", PAPER | {"gate": "softmax"}),
     Arm("mole_released", "mole, as released: no gate, balance in each sample", PAPER | RELEASED),
-    Arm("mole_frozen", "mole with a random router that never learns", PAPER | FROZEN),
-    Arm("mole_oracle", "mole, the sample's domain told, in use too: an expert a domain", _oracle),
+    Arm("mole_frozen", "mole with a random router that never learns", PAPER | FROZEN, is_control=True),
+    Arm("mole_oracle", "mole, the sample's domain told, in use too: an expert a domain", _oracle, is_control=True),
     Arm("mole_linear", "mole, a router for every linear", PAPER | {"router_input": "linear"}),
     Arm("balance_none", "mole without balance", PAPER | {"balance": "none"}),
     Arm("balance_sample", "mole, balance in each sample", PAPER | {"balance": "sample"}),
     Arm("balance_layer", "mole, balance in each micro-batch of a layer", PAPER | {"balance": "layer"}),
     Arm("groups", "experts of image tokens, of text tokens and shared ones (MoMa)", _groups),
-    Arm("nulls", "null experts (AdaMoE): 4 picks, 5 nulls", PAPER | ADAMOE),
+    Arm("nulls", "null experts as AdaMoE has them: 4 picks, 5 nulls, a router a linear",
+        PAPER | ADAMOE | ANNEALED | {"router_input": "linear"}),
     Arm("combined", "groups, null experts with a shared logit, a target load, z loss", _combined),
     Arm("experts", "MoleConfig's defaults: routers read the picture, start from domains, are taught them", _taught()),
     Arm("picture", "experts, the router reads the picture alone", _taught(router_reads="picture")),
@@ -104,9 +110,12 @@ _TABLE = (
     Arm("taught_combined", "combined, but the router as in experts", _taught_combined),
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in _TABLE}
+TRIES = ["picture", "no_start", "only_start", "clusters", "no_labels", "taught_token", "shared_a", "taught_combined"]
 GROUPS = {
     "all": list(ARMS),
-    "main": ["single", "mix", "wide", "twice", "mole", "mole_frozen", "mole_oracle", "experts"],
+    "tries": TRIES,  # what was tried on the way to the defaults
+    "named": [name for name in ARMS if name not in TRIES],
+    "main": ["base", "single", "mix", "wide", "twice", "mole", "mole_frozen", "mole_oracle", "experts"],
 }
 
 

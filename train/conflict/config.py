@@ -34,8 +34,17 @@ class MiniworldSection(Section):
         1, ge=0, le=2
     )  # 0 one convention for all · 1 the built-in ones · 2 look-alikes, all answers clash
     cue: bool = False  # put the domain's name before the question
+    grounds: bool = True  # look-alikes on a ground for each domain; false: only the cue tells
     seed: int = 1  # the embedded base has seen scenes of seed 0
     folder: Path = Path("runs/conflict/scenes")  # where pictures are drawn to
+
+    @model_validator(mode="after")
+    def something_tells(self) -> "MiniworldSection":
+        if not self.grounds and not (self.clash == 2 and self.cue):
+            raise ValueError(
+                "grounds: false is for look-alikes (clash: 2) with cue: true; nothing else would tell them"
+            )
+        return self
 
 
 class DataSection(Section):
@@ -76,7 +85,8 @@ class RunSection(Section):
     """How long, how often, how many at once."""
 
     out: Path  # gets runs/, summary.json, README.md, conflict.png and, where something is routed, routing.png
-    arms: str | list[str] = "main"  # names, or main (the seven that answer the question), or all
+    arms: str | list[str] = "main"  # names, or main (those that answer the question), named, tries, all
+    only_tuned: str | list[str] = Field([])  # arms, beside these, that validation alone looks at: never scored on test
     baseline: str = "mix"  # what conflict and recovery are measured from
     batch_size: int = Field(16, gt=0)
     eval_batch_size: int = Field(64, gt=0)
@@ -121,12 +131,19 @@ class ConflictConfig(Section):
             raise UserError(
                 f"run.baseline must be one arm that trains on the mix, such as mix, not {self.run.baseline!r}."
             )
-        asked = [self.run.arms] if isinstance(self.run.arms, str) else self.run.arms
-        names = [name for word in [self.run.baseline, *asked] for name in GROUPS.get(word, [word])]
-        for name in names:
-            if name not in known:
-                raise UserError(f"run.arms: no arm {name!r}" + suggest(name, [*known, *GROUPS]))
-        return [arm for name, arm in known.items() if name in names]
+        scored, tuned = _names(self.run.arms), _names(self.run.only_tuned)
+        for key, names in (("arms", scored), ("only_tuned", tuned)):
+            for name in names:
+                if name not in known:
+                    raise UserError(f"run.{key}: no arm {name!r}" + suggest(name, [*known, *GROUPS]))
+        if both := sorted({self.run.baseline, *scored} & set(tuned)):
+            raise UserError(f"run.only_tuned: {both[0]} is among the arms that are scored on test; name it once.")
+        return [arm for name, arm in known.items() if name in {self.run.baseline, *scored, *tuned}]
+
+    @property
+    def only_tuned(self) -> list[str]:
+        """Names of the arms that validation alone looks at."""
+        return _names(self.run.only_tuned)
 
     @property
     def regime_name(self) -> str:
@@ -136,8 +153,14 @@ class ConflictConfig(Section):
         world, experts = self.data.miniworld, self.adapter.num_experts or "one a domain"
         data = f"{self.data.train}"
         if world is not None:
-            data = f"miniworld, clash {world.clash}, {'with' if world.cue else 'no'} cue, {world.scenes.train} scenes"
+            cue = ("with" if world.grounds else "only the") if world.cue else "no"
+            data = f"miniworld, clash {world.clash}, {cue} cue, {world.scenes.train} scenes"
         return f"{data}; rank {self.adapter.r}, experts: {experts}"
+
+
+def _names(asked: str | list[str]) -> list[str]:
+    words = [asked] if isinstance(asked, str) else asked
+    return [name for word in words for name in GROUPS.get(word, [word])]
 
 
 def load_conflict_config(path: str | Path, overrides: list[str] | None = None) -> ConflictConfig:

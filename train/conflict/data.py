@@ -7,16 +7,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from data_recipes.miniworld.__main__ import recipe_version, write
+from data_recipes import clashes
+from data_recipes.miniworld.__main__ import recipe_version
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.errors import UserError
@@ -25,7 +23,6 @@ from train.kept import claimed, digest
 from train.trial import CachedSet, cache
 
 SPLITS = ("train", "val", "test")
-CLASHES = "data_recipes.clashes"
 
 
 @dataclass(frozen=True)
@@ -144,27 +141,15 @@ def draw(section: MiniworldSection, *, copies: int = 1) -> Path:
     """
     scenes = section.scenes.model_dump()
     scenes["train"] *= copies
-    spec = {"scenes": scenes, "clash": section.clash, "cue": section.cue, "seed": section.seed}
-    folder = section.folder / digest([spec, drawn_by()])
+    dial = section.model_dump(include={"clash", "cue", "grounds", "seed"})
+    folder = section.folder / digest([scenes, dial, drawn_by()])
     with claimed(folder.with_suffix(".lock"), wait=True):
-        clashes = find_clashes()
-        if clashes is not None:
-            return clashes.write(folder, scenes, clash=section.clash, cue=section.cue, seed=section.seed)
-        if section.clash == 2 or section.cue:
-            raise UserError("data.miniworld: clash 2 and cue need data_recipes/clashes.py, which is not there.")
-        return write(folder, scenes, seed=section.seed, neutral=section.clash == 0)
-
-
-def find_clashes() -> ModuleType | None:
-    """The drawer of clashing domains, where there is one; without it miniworld's own does what it can."""
-    return import_module(CLASHES) if find_spec(CLASHES) else None
+        return clashes.write(folder, scenes, **dial)
 
 
 def drawn_by() -> str:
     """A hash of the code that draws."""
-    module = find_spec(CLASHES)
-    code = Path(module.origin).read_bytes() if module else b""
-    return hashlib.sha256(recipe_version().encode() + code).hexdigest()[:12]
+    return hashlib.sha256(recipe_version().encode() + Path(clashes.__file__).read_bytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

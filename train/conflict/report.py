@@ -84,11 +84,11 @@ def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
     for arm in arms:
         records = [kept.read(name) for name in names[arm.name]]
         found["arms"][arm.name] |= _about(study, arm, kept, records)
-    first = [kept.read(group[0]) for group in names.values()]
+    finals = [kept.read(name) for group in names.values() for name in group]
     summary = {
         "regime": study.config.regime_name,
         "provenance": provenance(),
-        "made": {key: sorted({record["made"][key] for record in first}) for key in ("date", "commit", "device")},
+        "made": {key: sorted({record["made"][key] for record in finals}) for key in ("date", "commit", "device")},
         "config": study.config.model_dump(mode="json", exclude=MACHINE),
         "facts": study.facts,
         "baseline": study.config.run.baseline,
@@ -96,6 +96,11 @@ def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
         "left_out": _left_out(study, done, seeds),
         "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "unit": "seed and picture"},
         **found,
+        "only_tuned": {
+            arm.name: {"says": arm.says, "adapter": study.adapters[arm.name]} | _rates(study, arm, kept)
+            for arm in study.config.arms
+            if arm.name in study.config.only_tuned and study.tuned(arm, kept)
+        },
     }
     return json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON knows no NaN: null stands for it
 
@@ -110,7 +115,8 @@ def _done_seeds(study: Study, arm: Arm, kept: KeptRuns) -> list[int]:
 
 def _left_out(study: Study, done: dict[Arm, list[int]], seeds: list[int]) -> list[str]:
     """What is asked for and not in the report."""
-    missing = [arm.name for arm, finished in done.items() if not finished]
+    wanted = {arm: finished for arm, finished in done.items() if arm.name not in study.config.only_tuned}
+    missing = [arm.name for arm, finished in wanted.items() if not finished]
     due = [str(seed) for seed in range(study.config.run.seeds) if seed not in seeds]
     said = [f"arms without a finished seed: {', '.join(missing)}"] if missing else []
     return said + ([f"seeds that not every arm has: {', '.join(due)}"] if due else [])
@@ -129,20 +135,25 @@ def _scores(names: dict[str, list[str]], kept: KeptRuns) -> Scores:
 
 def _about(study: Study, arm: Arm, kept: KeptRuns, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What an arm is, what it was given, what it cost and how it routed: means over seeds."""
-    tuned = study.tuned(arm, kept) or {}
     costs = {name: float(np.mean([each["cost"][name] for each in records])) for name in records[0]["cost"]}
     peaks = [each["peak_mib"] for each in records if each["peak_mib"] is not None]
     routing = [each["routing"] for each in records if each["routing"] is not None]
     return {
         "says": arm.says,
+        "is_control": arm.is_control,
         "adapter": study.adapters[arm.name],
-        "lr": study.chosen_rate(arm, kept) * arm.rate,
-        "tuned": [
-            {"lr": rate * arm.rate, "exact": exact, "loss": loss} for rate, (exact, loss) in sorted(tuned.items())
-        ],
+        **_rates(study, arm, kept),
         "cost": costs | {"seconds": float(np.mean([each["seconds"] for each in records]))},
         "peak_mib": max(peaks, default=None),
         "routing": _mean_routing(routing),
+    }
+
+
+def _rates(study: Study, arm: Arm, kept: KeptRuns) -> dict[str, Any]:
+    tuned = sorted((study.tuned(arm, kept) or {}).items())
+    return {
+        "lr": study.chosen_rate(arm, kept) * arm.rate,
+        "tuned": [{"lr": rate * arm.rate, "exact": exact, "loss": loss} for rate, (exact, loss) in tuned],
     }
 
 
@@ -171,10 +182,11 @@ def sentences(summary: dict[str, Any]) -> list[str]:
             *_hurt_domains(summary),
         ]
     said = [f"Mixing hurts: {SINGLE} − {base} is {points} points on the mean of domains.", *_hurt_domains(summary)]
-    recovery = {arm: told["mean"] for arm, told in summary["recovery"].items()}
+    controls = {name for name, arm in summary["arms"].items() if arm["is_control"]}
+    recovery = {arm: told["mean"] for arm, told in summary["recovery"].items() if arm not in controls}
     if recovery:
         arm = max(recovery, key=lambda name: recovery[name]["recovery"])
-        said.append(f"Most is recovered by {arm}: {ratio(recovery[arm])} of the conflict.")
+        said.append(f"Most is recovered by {arm}: {ratio(recovery[arm])} of the conflict (controls left aside).")
     return said
 
 
@@ -193,7 +205,9 @@ def notes(summary: dict[str, Any]) -> list[str]:
         for split, counts in facts["rows"].items()
     )
     said = [
-        "Arms: " + "; ".join(f"{name}: {arm['says']}" for name, arm in summary["arms"].items()) + ".",
+        "Arms: "
+        + "; ".join(f"{name}: {arm['says']}" for name, arm in (summary["arms"] | summary["only_tuned"]).items())
+        + ".",
         "Per cent of answers right to the letter, told by teacher forcing: every answer token, its end included, is "
         "the most probable one, so greedy decoding gives that answer. Intervals: 95 %, bootstrap of "
         f"{summary['bootstrap']['resamples']:,} over seeds and pictures together; p by the same, Holm over arms; "
@@ -205,7 +219,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
     ]
     if "twice" in summary["arms"]:
         said.append(f"The second half of what `twice` sees: {facts['twice']}.")
-    at_edge = [name for name, arm in summary["arms"].items() if _is_at_edge(arm)]
+    at_edge = [name for name, arm in (summary["arms"] | summary["only_tuned"]).items() if _is_at_edge(arm)]
     if at_edge:
         said.append(f"The best rate lies at an end of the grid for {', '.join(at_edge)}: widen run.lrs.")
     if facts["test_pictures_seen_in_training"]:
@@ -230,8 +244,10 @@ def tables(summary: dict[str, Any]) -> Iterator[Titled]:
     yield "Cost", *_cost_table(summary)
     if any(arm["routing"] for arm in summary["arms"].values()):
         yield "What experts tell of domain and modality", *_routing_table(summary)
-    if any_arm["tuned"]:
-        yield "Learning rates on validation", *_rates_table(summary)
+    if any(arm["tuned"] for arm in summary["arms"].values()):
+        yield "Learning rates on validation", *_rates_table(summary["arms"])
+    if summary["only_tuned"]:
+        yield "Tried on validation alone, not scored on test", *_rates_table(summary["only_tuned"])
 
 
 def _scores_table(summary: dict[str, Any], level: str) -> tuple[list[str], list[list[str]]]:
@@ -314,11 +330,13 @@ def _routing_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return heads, rows
 
 
-def _rates_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _rates_table(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Exact share for each rate, the chosen one starred; `full` counts its own, smaller rates."""
-    places = range(max(len(arm["tuned"]) for arm in summary["arms"].values()))
+    places = range(max(len(arm["tuned"]) for arm in arms.values()))
     rows = []
-    for name, arm in summary["arms"].items():
+    for name, arm in arms.items():
+        if not arm["tuned"]:
+            continue
         cells = [f"{each['lr']:g}: {percent(each['exact'])}{' *' * (each['lr'] == arm['lr'])}" for each in arm["tuned"]]
         rows.append([name, *cells])
     return ["arm", *(f"rate {place + 1}" for place in places)], rows

@@ -51,7 +51,7 @@ class Study:
         recipe = {
             "base": self.facts["base"],
             "dtype": self.config.model.dtype,
-            "adapter": self.adapters[job.arm.name],
+            "adapter": self._whole_adapter(job.arm),
             "trains": job.arm.trains,
             "rows": data["train"],
             "split": job.split,
@@ -64,14 +64,19 @@ class Study:
         }
         return recipe | ({"twice": self.facts["data_twice"]} if job.arm.trains == "twice" else {})
 
+    def _whole_adapter(self, arm: Arm) -> dict[str, Any] | None:
+        """Every field of the arm's MoleConfig, defaults too: another default is another recipe."""
+        adapter = adapter_of(arm, self.adapters[arm.name])
+        return adapter and {key: sorted(v) if isinstance(v, set) else v for key, v in adapter.to_dict().items()}
+
     def name(self, job: Job) -> str:
         """Readable, and another one for another recipe."""
         return f"{job.arm.name}-{job.split}-lr{job.lr:g}-s{job.seed}-{digest(self.recipe(job))}"
 
     def tuning(self, arm: Arm) -> list[Job]:
         """The trainings that choose the arm's rate; none where there is nothing to choose."""
-        run = self.config.run
-        seeds = range(FIRST_TUNE_SEED, FIRST_TUNE_SEED + run.tune_seeds) if len(run.lrs) > 1 else ()
+        run, chooses = self.config.run, len(self.config.run.lrs) > 1 and arm.trains != "nothing"
+        seeds = range(FIRST_TUNE_SEED, FIRST_TUNE_SEED + run.tune_seeds) if chooses else ()
         return [Job(arm, "val", rate, seed) for seed in seeds for rate in run.lrs]
 
     def tuned(self, arm: Arm, kept: KeptRuns) -> dict[float, tuple[float, float]] | None:
@@ -94,7 +99,12 @@ class Study:
     def finals(self, arm: Arm, kept: KeptRuns) -> list[Job]:
         """The trainings that are scored on test; none while the arm's rate is not known."""
         rate = self.chosen_rate(arm, kept)
-        return [] if rate is None else [Job(arm, "test", rate, seed) for seed in range(self.config.run.seeds)]
+        return [] if rate is None else self.finals_at(rate, arm)
+
+    def finals_at(self, rate: float, arm: Arm) -> list[Job]:
+        """The same at a rate; none for an arm that validation alone looks at."""
+        seeds = 0 if arm.name in self.config.only_tuned else self.config.run.seeds
+        return [Job(arm, "test", rate, seed) for seed in range(seeds)]
 
     def ready(self, kept: KeptRuns) -> Iterator[Job]:
         """What can be run now, finished or not: rates first, then seed by seed, so that what is there is paired."""
@@ -109,7 +119,7 @@ class Study:
     @property
     def size(self) -> int:
         """Runs in all."""
-        return sum(len(self.tuning(arm)) + self.config.run.seeds for arm in self.config.arms)
+        return sum(len(self.tuning(arm)) + len(self.finals_at(0.0, arm)) for arm in self.config.arms)
 
     def finished(self, kept: KeptRuns) -> int:
         """Runs that are there."""

@@ -66,6 +66,8 @@ def parts(arm: Arm, data: StudyData, scored: ScoredSet) -> Iterator[tuple[list[i
         for domain in sorted(set(scored.cached.domains)):
             rows = [row for row in mix if data.train.domains[row] == domain]
             yield rows, 1, scored.cached.rows_of([domain])
+    elif arm.trains == "nothing":
+        yield [], 0, everything
     elif arm.trains == "twice":
         yield list(range(len(data.train))), 2 * data.mixed // len(data.train), everything
     else:
@@ -93,7 +95,13 @@ def trained_model(
     schedule: Schedule,
     rows: Sequence[int],
 ) -> Iterator[nn.Module]:
-    """The trained model while the block runs; without an adapter the language model itself, put back afterwards."""
+    """The trained model while the block runs; without an adapter the language model itself, put back afterwards.
+
+    Without rows the base as it is.
+    """
+    if not rows:
+        yield base.requires_grad_(False)
+        return
     if adapter is not None:
         model = train_trial(base, adapter, data, schedule, rows=rows)
         try:

@@ -363,6 +363,8 @@ def test_a_saved_model_is_loaded_by_its_type_with_thresholds_and_auxiliary_route
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is MomaForCausalLM
     assert loaded.routing_mode == model.routing_mode
+    for weight in loaded.parameters():  # mapped from the file it starts anywhere, and some kernels then sum otherwise
+        weight.data = weight.data.clone()
     assert torch.equal(scores(loaded, IDS), scores(model, IDS))
 
 

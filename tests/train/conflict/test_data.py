@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -91,16 +90,17 @@ def test_no_clash_draws_neutral_answers(tmp_path):
     assert "present" not in answers[0]
 
 
-def test_a_drawer_of_clashes_is_given_the_dial(tmp_path, monkeypatch):
+def test_the_drawer_is_given_the_dial(tmp_path, monkeypatch):
     drawn = {}
 
-    def write(folder, scenes, *, clash, cue, seed):
-        drawn.update(scenes=scenes, clash=clash, cue=cue, seed=seed)
+    def write(folder, scenes, **dial):
+        drawn.update(scenes=scenes, **dial)
         return folder
 
-    monkeypatch.setattr(data_module, "find_clashes", lambda: SimpleNamespace(write=write))
+    monkeypatch.setattr(data_module.clashes, "write", write)
     data_module.draw(MiniworldSection(scenes=SCENES, folder=tmp_path, clash=2, cue=True, seed=3), copies=2)
-    assert drawn == {"scenes": {"train": 8, "val": 1, "test": 1}, "clash": 2, "cue": True, "seed": 3}
+    scenes = {"train": 8, "val": 1, "test": 1}
+    assert drawn == {"scenes": scenes, "clash": 2, "cue": True, "grounds": True, "seed": 3}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ def test_a_drawer_of_clashes_is_given_the_dial(tmp_path, monkeypatch):
         ("run.lrs=[]", "run.lrs"),
         ("run.baseline=main", "run.baseline must be one arm that trains on the mix"),
         ("run.baseline=single", "run.baseline must be one arm that trains on the mix"),
+        ("data.miniworld.grounds=false", "grounds: false is for look-alikes (clash: 2) with cue: true"),
         ("own_arms={mix: {}}", "own_arms.mix: there is an arm of that name already"),
     ],
 )
@@ -130,6 +131,7 @@ def test_a_wrong_setting_is_told_by_key(override, said):
 def test_the_configs_that_come_with_us_are_valid(name):
     config = load_conflict_config(f"train/configs/{name}.yaml")
     assert [arm.name for arm in config.arms] == [
+        "base",
         "single",
         "mix",
         "wide",
