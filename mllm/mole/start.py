@@ -14,7 +14,7 @@ from mllm.errors import UserError
 from mllm.mole.model import routed_modules
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of one
-ROWS_OF_A_DOMAIN = 64
+ROWS_OF_A_DOMAIN = 256  # more than the model is wide, or a discriminant told by few rows errs on new ones
 LOGIT_SPREAD = 5.0  # standard deviation of the logits that routers start with: decided, yet with gradient
 
 

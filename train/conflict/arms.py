@@ -20,6 +20,7 @@ class Arm:
     trains: "mix", or "domain": a model for each domain, scored on it, or "twice": the mix with twice the samples, or
         "nothing": the base as it is.
     rate: what every learning rate of the grid is multiplied by.
+    router_rate: what routers' learning rate is beside that of all else.
     is_control: stands there to be compared with, and is no answer to a conflict.
     """
 
@@ -28,6 +29,7 @@ class Arm:
     settings: Settings | None = field(default_factory=dict, hash=False)
     trains: Literal["mix", "domain", "twice", "nothing"] = "mix"
     rate: float = 1.0
+    router_rate: float = 1.0
     is_control: bool = False
 
 
@@ -45,6 +47,9 @@ FROZEN = {"router": "frozen_random", "balance": "none"}
 RELEASED = {"gate": "none", "balance": "sample"}
 ADAMOE = {"top_k": 4, "num_null_experts": 5, "gate": "softmax", "renormalize": True}
 ANNEALED = {"balance_loss_weight": 0.08, "balance_final_weight": 4e-4, "balance_schedule": "step"}
+
+
+SLOW = 0.1  # the rate of routers that start right, beside everything else's: see docs/conflicts.md
 
 
 def _taught(**changes: Any) -> Settings:
@@ -99,18 +104,33 @@ _TABLE = (
     Arm("nulls", "null experts as AdaMoE has them: 4 picks, 5 nulls, a router a linear",
         PAPER | ADAMOE | ANNEALED | {"router_input": "linear"}),
     Arm("combined", "groups, null experts with a shared logit, a target load, z loss", _combined),
-    Arm("experts", "MoleConfig's defaults: routers read the picture, start from domains, are taught them", _taught()),
-    Arm("picture", "experts, the router reads the picture alone", _taught(router_reads="picture")),
-    Arm("no_start", "experts, the router starts at random", _taught(router_start="random")),
-    Arm("only_start", "experts, the domains start the router and teach it no further", _taught(domain_loss_weight=0.0)),
-    Arm("clusters", "experts without labels: started from clusters of pictures", {"router_start": "clusters"}),
-    Arm("no_labels", "experts without labels: reads token and picture, starts at random", {"domain_loss_weight": 0.0}),
-    Arm("taught_token", "experts, the router reads the token alone", _taught(router_reads="token")),
-    Arm("shared_a", "experts that share A (HydraLoRA)", _taught(shared_a=True)),
-    Arm("taught_combined", "combined, but the router as in experts", _taught_combined),
+    Arm("experts", "MoleConfig's defaults: routers read the picture, start from domains, are taught them",
+        _taught(), router_rate=SLOW),
+    Arm("fast_router", "experts, routers at the rate of all else", _taught()),
+    Arm("picture", "experts, the router reads the picture alone", _taught(router_reads="picture"), router_rate=SLOW),
+    Arm("no_start", "experts, the router starts at random; rate of all else", _taught(router_start="random")),
+    Arm("only_start", "experts, the domains start the router and teach it no further",
+        _taught(domain_loss_weight=0.0), router_rate=SLOW),
+    Arm("clusters", "experts without labels: started from clusters of pictures",
+        {"router_start": "clusters"}, router_rate=SLOW),
+    Arm("no_labels", "experts without labels: reads token and picture, starts at random; rate of all else",
+        {"domain_loss_weight": 0.0}),
+    Arm("taught_token", "experts, the router reads the token alone; rate of all else", _taught(router_reads="token")),
+    Arm("shared_a", "experts that share A (HydraLoRA)", _taught(shared_a=True), router_rate=SLOW),
+    Arm("taught_combined", "combined, but the router as in experts", _taught_combined, router_rate=SLOW),
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in _TABLE}
-TRIES = ["picture", "no_start", "only_start", "clusters", "no_labels", "taught_token", "shared_a", "taught_combined"]
+TRIES = [
+    "fast_router",
+    "picture",
+    "no_start",
+    "only_start",
+    "clusters",
+    "no_labels",
+    "taught_token",
+    "shared_a",
+    "taught_combined",
+]
 GROUPS = {
     "all": list(ARMS),
     "tries": TRIES,  # what was tried on the way to the defaults

@@ -60,6 +60,7 @@ class Study:
             "batch_size": run.batch_size,
             "passes": run.passes,
             "lr": job.lr,
+            "router_lr": job.lr * job.arm.router_rate,
             "seed": job.seed,
         }
         return recipe | ({"twice": self.facts["data_twice"]} if job.arm.trains == "twice" else {})

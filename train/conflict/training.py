@@ -84,7 +84,9 @@ def chooses(values: Mapping[str, Any] | None) -> bool:
 def schedule_of(job: Job, config: ConflictConfig, draws: int) -> Schedule:
     """Steps for so many samples a pass, to the nearest batch."""
     steps = max(1, round(draws * config.run.passes / config.run.batch_size))
-    return Schedule(steps, config.run.batch_size, config.optim.model_copy(update={"lr": job.lr}), job.seed)
+    rates = config.optim.part_lr.model_copy(update={"router": job.lr * job.arm.router_rate})
+    optim = config.optim.model_copy(update={"lr": job.lr, "part_lr": rates})
+    return Schedule(steps, config.run.batch_size, optim, job.seed)
 
 
 @contextmanager

@@ -315,7 +315,7 @@ def test_a_start_that_cannot_be_made_is_refused(llava, adapter, domains, said):
 
 
 def test_the_first_rows_of_each_domain_are_taken():
-    domains = ["a"] * 100 + ["b"] * 3
-    rows = start_rows(domains, range(102, -1, -1))
-    assert rows[:3] == [102, 101, 100]
-    assert rows[3:] == list(range(99, 99 - ROWS_OF_A_DOMAIN, -1))
+    many = ROWS_OF_A_DOMAIN + 36
+    rows = start_rows(["a"] * many + ["b"] * 3, range(many + 2, -1, -1))
+    assert rows[:3] == [many + 2, many + 1, many]
+    assert rows[3:] == list(range(many - 1, 35, -1))
