@@ -51,7 +51,8 @@ class DataSection(Section):
     """What is trained and scored: files of your own, or miniworld."""
 
     train: Path | None = None  # mixture YAML or LLaVA JSON, each row tagged with a domain
-    val: Path | None = None  # chooses the learning rates
+    val: Path | None = None  # chooses the learning rates; null: a share of the training pictures does
+    val_share: float = Field(0.1, gt=0, lt=1)
     test: Path | None = None  # scored once an arm and seed
     miniworld: MiniworldSection | None = None
     samples_per_domain: int | None = Field(None, gt=0)  # training rows a domain; more are left out at random
@@ -61,8 +62,8 @@ class DataSection(Section):
         files = [name for name in ("train", "val", "test") if getattr(self, name) is not None]
         if self.miniworld is not None and (files or self.samples_per_domain):
             raise ValueError("give train, val and test (and samples_per_domain), or miniworld, not both")
-        if self.miniworld is None and len(files) < 3:
-            raise ValueError(f"give train, val and test ({', '.join(files) or 'none'} given), or miniworld")
+        if self.miniworld is None and not {"train", "test"} <= set(files):
+            raise ValueError(f"give train, test and perhaps val ({', '.join(files) or 'none'} given), or miniworld")
         return self
 
 

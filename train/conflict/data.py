@@ -74,7 +74,10 @@ def read_rows(section: DataSection, *, with_twice: bool) -> StudyRows:
         kept = {domain: _first_pictures(rows, copies) for domain, rows in _by_domain(splits["train"]).items()}
         first, more = ([row for halves in kept.values() for row in halves[half]] for half in (0, 1))
     else:
-        splits = {name: _read(getattr(section, name), f"data.{name}") for name in SPLITS}
+        paths = {name: getattr(section, name) for name in SPLITS}
+        splits = {name: _read(path, f"data.{name}") for name, path in paths.items() if path is not None}
+        if "val" not in splits:
+            splits["train"], splits["val"] = hold_out(splits["train"], section.val_share)
         first, more = _cut(_by_domain(splits["train"]), section.samples_per_domain, with_twice=with_twice)
     _check_domains(splits)
     twice = "new samples" if more else "a second pass"
@@ -104,6 +107,23 @@ def _first_pictures(rows: list[Conversation], copies: int) -> tuple[list[Convers
     pictures = list(dict.fromkeys(row.images for row in rows))
     first = set(pictures[: len(pictures) // copies])
     return [row for row in rows if row.images in first], [row for row in rows if row.images not in first]
+
+
+def hold_out(rows: list[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
+    """The rows to train on and those held out: of each domain a share of the pictures, at random, with all their rows.
+
+    Both keep their order. A row without a picture counts as one.
+    """
+    keys = [row.images or (place,) for place, row in enumerate(rows)]
+    held: set[Any] = set()
+    for domain in sorted({row.domain for row in rows}):
+        pictures = list(dict.fromkeys(key for key, row in zip(keys, rows, strict=True) if row.domain == domain))
+        chosen = np.random.default_rng(1).permutation(len(pictures))[: max(1, round(share * len(pictures)))]
+        held |= {pictures[place] for place in chosen}
+    kept, out = [], []
+    for key, row in zip(keys, rows, strict=True):
+        (out if key in held else kept).append(row)
+    return kept, out
 
 
 def _cut(

@@ -43,6 +43,16 @@ def test_a_cap_takes_the_same_rows_with_and_without_the_arm_twice(paths):
     assert read(paths, samples_per_domain=4).twice == "a second pass"  # six rows a domain are not twice four
 
 
+def test_without_val_a_share_of_training_pictures_is_held_out_with_all_their_rows(paths):
+    twice = json.loads(paths["train"].read_text()) * 2
+    paths["train"].write_text(json.dumps([row | {"id": str(place)} for place, row in enumerate(twice)]))
+    del paths["val"]
+    rows = read(paths, val_share=1 / 3)
+    assert rows.facts()["rows"]["val"] == {"document": 4, "general": 4}  # two of six pictures, two rows each
+    assert rows.facts()["rows"]["train"] == {"document": 8, "general": 8}
+    assert not {row.images for row in rows.val} & {row.images for row in rows.train}
+
+
 def test_other_words_or_another_picture_are_other_data(paths):
     before = read(paths).facts()["data"]
     rows = json.loads(paths["val"].read_text())
@@ -112,7 +122,7 @@ def test_the_drawer_is_given_the_dial(tmp_path, monkeypatch):
         ("adapter.rank=4", "unknown key adapter.rank"),
         ("adapter.num_experts=1", "adapter.num_experts: input should be greater than or equal to 2"),
         ("data.train=x.json", "data: give train, val and test (and samples_per_domain), or miniworld, not both"),
-        ("data.miniworld=null", "data: give train, val and test (none given), or miniworld"),
+        ("data.miniworld=null", "data: give train, test and perhaps val (none given), or miniworld"),
         ("optim.lr=1e-3", "optim.lr: every arm's rate is chosen on validation"),
         ("run.lrs=[1e-3, 1e-3]", "lrs must be different rates"),
         ("run.lrs=[]", "run.lrs"),
