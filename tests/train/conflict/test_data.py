@@ -126,6 +126,8 @@ def test_the_drawer_is_given_the_dial(tmp_path, monkeypatch):
         ("optim.lr=1e-3", "optim.lr: every arm's rate is chosen on validation"),
         ("run.lrs=[1e-3, 1e-3]", "lrs must be different rates"),
         ("run.lrs=[]", "run.lrs"),
+        ("run.only_tuned=[mole]", "run.only_tuned: mole is among the arms that are scored on test"),
+        ("run.only_tuned=[mol]", "run.only_tuned: no arm 'mol' (did you mean mole?"),
         ("run.baseline=main", "run.baseline must be one arm that trains on the mix"),
         ("run.baseline=single", "run.baseline must be one arm that trains on the mix"),
         ("data.miniworld.grounds=false", "grounds: false is for look-alikes (clash: 2) with cue: true"),

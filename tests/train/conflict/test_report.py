@@ -39,6 +39,22 @@ def test_the_first_sentence_says_that_mixing_hurts_and_the_last_who_recovers_mos
     assert first in (folder / "README.md").read_text()
 
 
+def test_who_recovers_most_is_no_control(tmp_path):
+    summary = reported(tmp_path, SHARES | {"mole_oracle": 0.95}, arms=["single", "mix", "mole", "mole_oracle"])
+    recovery = {arm: told["mean"]["recovery"] for arm, told in summary["recovery"].items()}
+    assert recovery["mole_oracle"] > recovery["mole"]
+    assert sentences(summary)[-1].startswith("Most is recovered by mole: ")
+
+
+def test_what_only_validation_looked_at_has_a_table_of_its_own(tmp_path):
+    summary = reported(tmp_path, arms=["single", "mix"], only_tuned=["mole"])
+    assert "mole" not in summary["arms"]
+    assert summary["left_out"] == []
+    rows = table(summary, "Tried on validation alone, not scored on test")
+    assert rows == [["mole", "0.001: 60.0", "0.01: 70.0 *"]]
+    assert any("experts as LLaVA-MoLE claims them" in note for note in notes(summary))
+
+
 def test_where_mixing_does_not_hurt_the_report_says_that_nothing_can_be_recovered(tmp_path):
     summary = reported(tmp_path, dict.fromkeys(SHARES, 0.7), seeds=1)
     assert sentences(summary)[0].startswith("No conflict is shown: mixing does not hurt here")

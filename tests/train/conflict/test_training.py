@@ -11,6 +11,7 @@ from rich.console import Console
 from tests.tiny import write_tiny_llava
 from tests.train.conflict.toy import write_rows
 from train.conflict.__main__ import main
+from train.conflict.arms import adapter_of
 from train.conflict.config import load_conflict_config
 from train.conflict.data import embed
 from train.conflict.report import tables
@@ -87,6 +88,25 @@ def test_a_run_leaves_the_base_bit_for_bit_as_it_was(worker, data, name):
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not np.array_equal(columns["loss"], score_trial(worker.base, data.test.cached).loss)
     assert (record["routing"] is not None) == (name in ("mole", "nulls", "mole_linear"))
+
+
+def test_the_base_is_scored_as_it_is(worker, data):
+    record, columns = carry_out(job_of(worker, "base"), worker.study, worker.base, data)
+    assert np.array_equal(columns["loss"], score_trial(worker.base, data.test.cached).loss)
+    assert record["cost"]["trained_parameters"] == 0
+
+
+def test_routers_that_start_right_learn_slowly_and_all_else_at_the_arms_rate(worker):
+    for name, router in (("experts", 1e-3), ("fast_router", 1e-2), ("mole", 1e-2)):
+        optim = schedule_of(job_of(worker, name), worker.study.config, 12).optim
+        assert (optim.lr, optim.part_lr.router) == (1e-2, pytest.approx(router))
+        assert worker.study.recipe(job_of(worker, name))["router_lr"] == pytest.approx(router)
+
+
+def test_another_default_of_the_adapter_is_another_recipe(worker, monkeypatch):
+    before = worker.study.name(job_of(worker, "mole"))
+    monkeypatch.setattr("train.conflict.study.adapter_of", lambda arm, values: adapter_of(arm, values | {"top_k": 2}))
+    assert worker.study.name(job_of(worker, "mole")) != before
 
 
 def test_full_trains_the_language_model_and_nothing_before_it(worker, data):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.train.conflict.toy import FACTS, ToyWorker, toy_config
+from tests.train.conflict.toy import FACTS, SHARES, ToyWorker, toy_config
 from train.conflict import work as work_module
 from train.conflict.report import report
 from train.conflict.study import Study
@@ -41,6 +41,18 @@ def test_every_arm_tries_every_rate_and_is_scored_at_its_best_with_other_seeds(t
         assert sorted(job.rate for job in jobs if job.split == "val") == [1e-3, 1e-3, 1e-2, 1e-2]
         assert [(job.rate, job.seed) for job in jobs if job.split == "test"] == [(1e-2, 0), (1e-2, 1), (1e-2, 2)]
         assert not {job.seed for job in jobs if job.split == "val"} & {0, 1, 2}
+
+
+def test_an_arm_that_validation_alone_looks_at_is_never_scored_on_test(tmp_path):
+    worker = ToyWorker(tmp_path, arms=["single", "mix"], only_tuned=["mole"])
+    assert work(worker, KeptRuns(tmp_path / "runs"), QUIET) == worker.study.size == 2 * (2 + 3) + 2
+    assert {job.split for job in worker.jobs if job.arm.name == "mole"} == {"val"}
+
+
+def test_the_untrained_base_has_no_rate_to_choose(tmp_path):
+    worker = ToyWorker(tmp_path, SHARES | {"base": 0.1}, arms=["base", "single", "mix"])
+    assert work(worker, KeptRuns(tmp_path / "runs"), QUIET) == worker.study.size == 3 + 2 * (2 + 3)
+    assert {job.split for job in worker.jobs if job.arm.name == "base"} == {"test"}
 
 
 def test_equal_shares_are_told_apart_by_loss(tmp_path):
