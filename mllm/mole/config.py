@@ -68,7 +68,8 @@ class MoleConfig(PeftConfig):
         router_start: what the weights on the picture start as, where the router reads it and the loop calls
             `start_routers` (`mllm train` does): "domains" (the linear discriminant of expert_domains), "clusters" (that
             of as many clusters of pictures as experts, for data without labels) or "random". Without expert_domains
-            "domains" is "random".
+            "domains" is "random". Routers that start right should learn at a tenth of the rate of all else, as in
+            train/configs/experts.yaml: at the full rate they drift (docs/conflicts.md).
         router_temperature: the logits are divided by it.
         router_jitter: in training the router's input is multiplied by a value in [1 - jitter, 1 + jitter].
         expert_domains: the domains that experts are meant for; experts are dealt to them in turn. For
