@@ -22,9 +22,10 @@ LOGIT_SPREAD = 5.0  # standard deviation of the logits that routers start with: 
 def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str]) -> float:
     """Sets the routers' weights on the picture as `MoleConfig.router_start` says, if that tells rows apart.
 
-    pictures_ND [N, D]: each row's mean picture embedding, as in `RoutingContext.picture_TD`; some dozens a domain do.
-    `domains[n]` is one of `expert_domains`; clusters do not look at them. Experts of the same class start with the same
-    weights here; what they read of the token keeps them apart. Experts of a domain without rows stay as they are.
+    pictures_ND [N, D]: each row's mean picture embedding, as in `RoutingContext.picture_TD`; best more than D rows a
+    domain. `domains[n]` is one of `expert_domains`; clusters do not look at them. Experts of the same class start with
+    the same weights here; what they read of the token keeps them apart. Experts of a domain without rows stay as they
+    are.
     Call it before training, on all ranks alike.
 
     Returns the share of rows that a discriminant of the other half of the rows has right. Up to half above chance
