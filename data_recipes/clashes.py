@@ -57,10 +57,12 @@ def write(
     """Writes {train,val,test}.json and images/, ``sizes[split]`` scenes a domain, whole or not at all.
 
     Raises:
-        UserError: ``clash`` is not 0, 1 or 2, or ``out`` holds something else.
+        UserError: ``clash`` is not 0, 1 or 2, is not 2 without ``grounds``, or ``out`` holds something else.
     """
     if clash not in range(LOOK_ALIKES + 1):
         raise UserError(f"clash must be 0, 1 or 2, got {clash}: {__doc__.strip()}")
+    if not grounds and clash < LOOK_ALIKES:
+        raise UserError(f"grounds=False is for look-alikes, clash {LOOK_ALIKES}; got clash {clash}.")
     card = {
         "seed": seed,
         "questions": questions,
@@ -104,9 +106,8 @@ def pictures(
     turn = DOMAINS.index(domain)
     dealt = islice(scenes("general", split, size * len(DOMAINS), seed), turn, None, len(DOMAINS))
     for scene, rng in dealt:
-        picture = scene.paint(rng)
-        if grounds:
-            picture = on_ground(picture, tinted(rng, GROUNDS[domain], 6))
+        picture, ground = scene.paint(rng), tinted(rng, GROUNDS[domain], 6)  # drawn anyway: questions stay the same
+        picture = on_ground(picture, ground) if grounds else picture
         asked = scene.ask_several(rng, NEUTRAL, questions)
         yield picture, f"{domain} scenes", [coded(question, CODE_BOOKS[domain]) for question in asked]
 

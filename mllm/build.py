@@ -171,12 +171,12 @@ def load(
     return model, processor
 
 
-def fingerprint(model: PreTrainedModel | PeftModel) -> str:
+def fingerprint(model: PreTrainedModel | PeftModel, *, with_projector: bool = False) -> str:
     """A short hash of what an adapter depends on.
 
-    Covers kinds and sizes of the parts, and samples of the language model's input embedding, of the tower's first
-    weights and of the projector. Samples are cast to bfloat16, so that a model loaded in float32 and in bfloat16 has
-    the same one.
+    Covers kinds and sizes of the parts, and samples of the language model's input embedding and of the tower's first
+    weights; `with_projector` also of the projector, which adapters may replace and studies rest on. Samples are cast to
+    bfloat16, so that a model loaded in float32 and in bfloat16 has the same one.
 
     Raises:
         ValueError: the weights are not whole in this process (meta device, ZeRO-3 partitions): gather them first.
@@ -189,10 +189,8 @@ def fingerprint(model: PreTrainedModel | PeftModel) -> str:
         vision.patch_size,
     ]
     digest = hashlib.sha256(json.dumps(sizes).encode())
-    projector = base.model.multi_modal_projector  # wrapped where an adapter trains it: then the base's own
-    projector = getattr(projector, "original_module", projector)
-    first = (base.get_input_embeddings().weight, next(base.model.vision_tower.parameters()))
-    for weight in (*first, *projector.parameters()):
+    projector = base.model.multi_modal_projector.parameters() if with_projector else ()
+    for weight in (base.get_input_embeddings().weight, next(base.model.vision_tower.parameters()), *projector):
         if weight.is_meta or weight.numel() == 0:
             raise ValueError("fingerprint needs whole weights in this process; gather partitioned ones first.")
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 4096)]

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, TrainerCallback, Trainer
 
 from mllm.data.encoded import EncodedMixture
 from mllm.mole import BiasBalance, MoleConfig, MoleLayer, routing_context, routing_loss, start_routers
-from mllm.mole.start import start_rows
+from mllm.mole.start import Start, start_rows
 from mllm.routing import BalanceWindow, RoutingStats
 from mllm.routing.watch import RoutingWatch
 from train.ranks import summed, world_size
@@ -24,11 +24,11 @@ from train.ranks import summed, world_size
 EYES = ("vision_tower", "multi_modal_projector")  # what embeds pictures
 
 
-def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> float | None:
+def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> Start | None:
     """Where routers read pictures and are to start from them: does so as `start_routers`, from the first rows.
 
-    Before the engine starts, since ZeRO copies and splits weights then; every rank computes the same. Returns the share
-    of those rows that the discriminant has right, None where nothing was done.
+    Before the engine starts, since ZeRO copies and splits weights then; every rank computes the same. None where there
+    was nothing to do.
     """
     config = getattr(model, "peft_config", {}).get("default")
     if not isinstance(config, MoleConfig) or not config.starts_from_pictures:
@@ -44,11 +44,19 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
     pictures_ND = torch.stack([mean_picture(base, samples[row]["pixel_values"].to(device)) for row in rows])
     for part in eyes:
         part.to(home)
-    right = start_routers(model, pictures_ND.to(home), [domains[row] for row in rows])
+    start = start_routers(model, pictures_ND.to(home), [domains[row] for row in rows])
     if os.environ.get("RANK", "0") == "0":
         of = f"{config.router_start} ({', '.join(config.expert_domains or [])})"
-        print(f"routers start from {of}: {right:.0%} of held-out rows right; near chance, at random", flush=True)
-    return right
+        told = f"{start.right:.0%} of held-out rows right"
+        if start.is_set:
+            print(f"routers start from {of}: {told}", flush=True)
+        else:
+            print(
+                f"routers start at random: pictures do not tell {of}, {told}. They then have to learn as fast as all "
+                "else: leave optim.part_lr.router out.",
+                flush=True,
+            )
+    return start
 
 
 @torch.no_grad()

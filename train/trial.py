@@ -129,6 +129,8 @@ def train_trial(
 ) -> PeftModel:
     """An adapter on `base`, trained on `rows` of `data` (None: all). Adapters start from `schedule.seed`.
 
+    A rate of routers' own holds where pictures tell them how to start, or where they do not start from pictures.
+
     Take it off again with `model.unload()`: it changes `base` in place. `on_step` is told step, loss and model.
     """
     torch.manual_seed(schedule.seed)
@@ -139,7 +141,10 @@ def train_trial(
     config = model.peft_config["default"]
     if isinstance(config, MoleConfig) and config.starts_from_pictures and len(data.image_embeds):
         first = start_rows(data.domains, range(len(data)) if rows is None else rows)
-        start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
+        start = start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
+        if not start.is_set:  # routers that start at random have to learn as fast as all else
+            rates = schedule.optim.part_lr.model_copy(update={"router": None})
+            schedule = replace(schedule, optim=schedule.optim.model_copy(update={"part_lr": rates}))
     return learn(model, data, schedule, rows=rows, on_step=on_step)
 
 

@@ -6,6 +6,7 @@ does meanwhile mixes the domains in every expert. N rows, D width of the languag
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,19 @@ from mllm.errors import UserError
 from mllm.mole.model import routed_modules
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of one
-ROWS_OF_A_DOMAIN = 256  # more than the model is wide, or a discriminant told by few rows errs on new ones
+ROWS_OF_A_DOMAIN = 256  # where D is 192, fewer erred on new rows (docs/conflicts.md)
 LOGIT_SPREAD = 5.0  # standard deviation of the logits that routers start with: decided, yet with gradient
 
 
+class Start(NamedTuple):
+    """The share of rows that a discriminant of the other half has right, and whether routers were set."""
+
+    right: float
+    is_set: bool
+
+
 @torch.no_grad()
-def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str]) -> float:
+def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str]) -> Start:
     """Sets the routers' weights on the picture as `MoleConfig.router_start` says, if that tells rows apart.
 
     pictures_ND [N, D]: each row's mean picture embedding, as in `RoutingContext.picture_TD`; best more than D rows a
@@ -28,7 +36,7 @@ def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str])
     are.
     Call it before training, on all ranks alike.
 
-    Returns the share of rows that a discriminant of the other half of the rows has right. Up to half above chance
+    Where a discriminant of one half of the rows has at most half more of the other half right than chance would,
     nothing is set, since a confident split by noise would be worse than none.
 
     Raises:
@@ -49,7 +57,7 @@ def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str])
     found, class_N = class_N.to(pictures_ND.device).unique(return_inverse=True)
     right = share_told(pictures_ND, class_N, len(found))
     if right <= 1.5 / len(found):
-        return right
+        return Start(right, is_set=False)
     weight_CD, bias_C = linear_discriminant(pictures_ND, class_N, len(found))
     scale = LOGIT_SPREAD / (pictures_ND @ weight_CD.T + bias_C).std()
     due_EC = config.layout.due_PDE(num_classes).any(0).T.to(weight_CD)[:, found]
@@ -61,7 +69,7 @@ def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str])
         rows = set_E.nonzero().flatten().to(weight.device)
         weight[rows, -weight_CD.shape[1] :] = (scale * due_EC @ weight_CD).to(weight)
         bias[rows] = (scale * due_EC @ bias_C).to(bias)
-    return right
+    return Start(right, is_set=True)
 
 
 def share_told(features_ND: Tensor, class_N: Tensor, num_classes: int) -> float:

@@ -26,9 +26,19 @@ def test_no_two_code_books_agree_on_a_word_nor_with_neutral_answers():
 
 
 @pytest.mark.parametrize("domain", list(CODE_BOOKS))
-def test_look_alikes_answer_in_their_code_book_alone(domain):
-    said = {word for _, _, asked in drawn(domain) for question in asked for word in question.answer.split()}
-    assert said <= set(CODE_BOOKS[domain].values())
+def test_look_alikes_say_neutral_answers_word_by_word_in_their_code_book(domain, monkeypatch):
+    coded = [question for *_, asked in drawn(domain) for question in asked]
+    book = dict(CODE_BOOKS[domain])
+    monkeypatch.setitem(CODE_BOOKS, domain, {word: word for word in book})
+    neutral = [question for *_, asked in drawn(domain) for question in asked]
+    assert [question.text for question in coded] == [question.text for question in neutral]
+    assert [q.answer for q in coded] == [" ".join(book[word] for word in q.answer.split()) for q in neutral]
+    assert not {q.answer for q in coded if q.form == "presence"} & {q.answer for q in neutral if q.form == "count"}
+
+
+def test_grounds_change_pictures_and_no_question():
+    with_grounds, without = (drawn("general", grounds=grounds) for grounds in (True, False))
+    assert [asked for *_, asked in with_grounds] == [asked for *_, asked in without]
 
 
 def test_look_alikes_differ_by_ground_and_without_grounds_by_nothing():
@@ -58,6 +68,8 @@ def test_a_cue_begins_every_question_and_a_folder_is_drawn_once(tmp_path):
 def test_a_dial_beyond_the_scale_and_a_foreign_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="clash must be 0, 1 or 2, got 3"):
         write(tmp_path / "scenes", SIZES, clash=3)
+    with pytest.raises(UserError, match="grounds=False is for look-alikes"):
+        write(tmp_path / "scenes", SIZES, clash=1, grounds=False)
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="was not written by"):
         write(tmp_path / "mine", SIZES)

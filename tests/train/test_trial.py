@@ -1,6 +1,7 @@
 """A trial is the product's model, labels and loss without its machinery."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mllm.generate import answer
 from mllm.mole import MoleConfig
 from tests.tiny import tiny_image, tiny_llava
 from train.config import OptimSection
+from train.parts import parameter_groups
 from train.trial import Schedule, answer_losses, cache, score_trial, train_trial
 
 COLOURS = ("red", "green", "blue")
@@ -93,6 +95,26 @@ def test_exact_is_what_greedy_decoding_would_answer(rows, learned):
     exact = score_trial(model, data).exact
     assert exact.any()
     assert exact.tolist() == [text == right for text, right in zip(texts, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_rate_of_routers_own_holds_only_where_pictures_tell_them_how_to_start(rows, told, monkeypatch):
+    base, processor = tiny_base()
+    data = cache(base, processor, [row for row in rows if row.images] * 4)
+    if not told:
+        domains = np.random.default_rng(0).permutation(data.domains).tolist()  # that no picture tells
+        data = replace(data, domains=domains)
+    rates = {}
+
+    def groups(model, optim):
+        rates.update({group["part"]: group["lr"] for group in parameter_groups(model, optim)})
+        return parameter_groups(model, optim)
+
+    monkeypatch.setattr("train.trial.parameter_groups", groups)
+    optim = OptimSection(lr=1e-2, part_lr={"router": 1e-3})
+    adapter = MoleConfig(r=2, num_experts=3, expert_domains=list(COLOURS), modules_to_save=[])
+    train_trial(base, adapter, data, Schedule(steps=1, batch_size=4, optim=optim))
+    assert (rates["experts"], rates["router"]) == (1e-2, 1e-3 if told else 1e-2)
 
 
 def test_rows_of_one_domain_only():

@@ -135,8 +135,10 @@ def recovered(gain: Measured, conflict: Measured) -> dict[str, float] | None:
     return {"recovery": gain.value / conflict.value, "ci_low": low, "ci_high": high}
 
 
-def analyse(scores: Scores, *, baseline: str, single: str = "single", versus: Sequence[str] = ()) -> dict[str, Any]:
-    """All that a report tells of scores, as JSON values; shares in [0, 1].
+def analyse(
+    scores: Scores, *, baseline: str, single: str = "single", versus: Sequence[str] = (), aside: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All that a report tells of scores, as JSON values; shares in [0, 1]. Arms `aside` have scores and no more.
 
     Returns:
         `arms → name → {domains, sources, mean, by_seed}` with scores and intervals;
@@ -147,7 +149,7 @@ def analyse(scores: Scores, *, baseline: str, single: str = "single", versus: Se
     """
     by_domain, by_source = measure(scores, "domains"), measure(scores, "sources")
     whole = {arm: groups | {"mean": mean_of(list(groups.values()))} for arm, groups in by_domain.items()}
-    mixed_arms = [arm for arm in whole if arm != single]
+    mixed_arms = [arm for arm in whole if arm != single and arm not in aside]
     found: dict[str, Any] = {
         "arms": {
             arm: {

@@ -101,9 +101,9 @@ _TABLE = (
     Arm("balance_sample", "mole, balance in each sample", PAPER | {"balance": "sample"}),
     Arm("balance_layer", "mole, balance in each micro-batch of a layer", PAPER | {"balance": "layer"}),
     Arm("groups", "experts of image tokens, of text tokens and shared ones (MoMa)", _groups),
-    Arm("nulls", "null experts as AdaMoE has them: 4 picks, 5 nulls, a router a linear",
+    Arm("nulls", "null experts as adamoe.yaml has them: 4 picks, 5 nulls, a router a linear, its balance weights",
         PAPER | ADAMOE | ANNEALED | {"router_input": "linear"}),
-    Arm("combined", "groups, null experts with a shared logit, a target load, z loss", _combined),
+    Arm("combined", "groups, null experts with a shared logit, a target load, z loss, as combined.yaml", _combined),
     Arm("experts", "MoleConfig's defaults: routers read the picture, start from domains, are taught them",
         _taught(), router_rate=SLOW),
     Arm("fast_router", "experts, routers at the rate of all else", _taught()),
@@ -140,8 +140,10 @@ GROUPS = {
 
 
 def own_arm(name: str, settings: Mapping[str, Any]) -> Arm:
-    """An arm from a user's config."""
-    return Arm(name, ", ".join(f"{key} {value}" for key, value in settings.items()) or "the frame as it is", settings)
+    """An arm from a user's config: fields of MoleConfig, and perhaps `router_rate`."""
+    says = ", ".join(f"{key} {value}" for key, value in settings.items()) or "the frame as it is"
+    fields = {key: value for key, value in settings.items() if key != "router_rate"}
+    return Arm(name, says, fields, router_rate=settings.get("router_rate", 1.0))
 
 
 def adapter_values(arm: Arm, frame: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any] | None:

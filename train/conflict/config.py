@@ -52,7 +52,7 @@ class DataSection(Section):
 
     train: Path | None = None  # mixture YAML or LLaVA JSON, each row tagged with a domain
     val: Path | None = None  # chooses the learning rates; null: a share of the training pictures does
-    val_share: float = Field(0.1, gt=0, lt=1)
+    val_share: float = Field(0.1, gt=0, lt=1)  # of the rows that are trained on
     test: Path | None = None  # scored once an arm and seed
     miniworld: MiniworldSection | None = None
     samples_per_domain: int | None = Field(None, gt=0)  # training rows a domain; more are left out at random
@@ -62,6 +62,8 @@ class DataSection(Section):
         files = [name for name in ("train", "val", "test") if getattr(self, name) is not None]
         if self.miniworld is not None and (files or self.samples_per_domain):
             raise ValueError("give train, val and test (and samples_per_domain), or miniworld, not both")
+        if "val_share" in self.model_fields_set and (self.miniworld or self.val):
+            raise ValueError("val_share is for data without rows of its own to validate on: leave it or val out")
         if self.miniworld is None and not {"train", "test"} <= set(files):
             raise ValueError(f"give train, test and perhaps val ({', '.join(files) or 'none'} given), or miniworld")
         return self
@@ -89,7 +91,7 @@ class RunSection(Section):
     arms: str | list[str] = "main"  # names, or main (those that answer the question), named, tries, all
     only_tuned: str | list[str] = Field([])  # arms, beside these, that validation alone looks at: never scored on test
     baseline: str = "mix"  # what conflict and recovery are measured from
-    batch_size: int = Field(16, gt=0)
+    batch_size: int = Field(8, gt=0)  # small, so that `single` has steps enough; the report says where it has not
     eval_batch_size: int = Field(64, gt=0)
     passes: int = Field(1, gt=0)  # over the training rows
     lrs: list[float] = Field([1e-3, 3e-3, 1e-2], min_length=1)  # every arm tries these
@@ -113,13 +115,16 @@ class ConflictConfig(Section):
     data: DataSection
     adapter: AdapterSection = AdapterSection()
     optim: OptimSection = OptimSection()  # but lr, which is chosen from run.lrs
-    own_arms: dict[str, dict[str, Any]] = Field({})  # arms of your own: name -> fields of MoleConfig over the frame
+    # arms of your own: name -> fields of MoleConfig over the frame, and perhaps router_rate (beside the arm's rate)
+    own_arms: dict[str, dict[str, Any]] = Field({})
     run: RunSection
 
     @model_validator(mode="after")
     def rates_are_tuned(self) -> "ConflictConfig":
         if "lr" in self.optim.model_fields_set:
             raise ValueError("optim.lr: every arm's rate is chosen on validation; give the rates to try as run.lrs")
+        if self.optim.part_lr.router is not None:
+            raise ValueError("optim.part_lr.router: every arm says its own (Arm.router_rate; own_arms: router_rate)")
         if taken := sorted(set(self.own_arms) & (set(ARMS) | set(GROUPS))):
             raise ValueError(f"own_arms.{taken[0]}: there is an arm of that name already")
         return self
@@ -128,7 +133,7 @@ class ConflictConfig(Section):
     def arms(self) -> list[Arm]:
         """The arms to run, the baseline among them. Raises UserError for a name that is not known."""
         known = ARMS | {name: own_arm(name, settings) for name, settings in self.own_arms.items()}
-        if self.run.baseline not in known or self.run.baseline == "single":
+        if self.run.baseline not in known or known[self.run.baseline].trains not in ("mix", "twice"):
             raise UserError(
                 f"run.baseline must be one arm that trains on the mix, such as mix, not {self.run.baseline!r}."
             )
@@ -137,6 +142,10 @@ class ConflictConfig(Section):
             for name in names:
                 if name not in known:
                     raise UserError(f"run.{key}: no arm {name!r}" + suggest(name, [*known, *GROUPS]))
+        if tuned and len(self.run.lrs) == 1:
+            raise UserError("run.only_tuned: with one rate in run.lrs validation has nothing to choose; give several.")
+        if "base" in tuned:
+            raise UserError("run.only_tuned: base is not trained, so it has no rate to choose; put it into run.arms.")
         if both := sorted({self.run.baseline, *scored} & set(tuned)):
             raise UserError(f"run.only_tuned: {both[0]} is among the arms that are scored on test; name it once.")
         return [arm for name, arm in known.items() if name in {self.run.baseline, *scored, *tuned}]

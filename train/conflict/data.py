@@ -44,7 +44,7 @@ class StudyRows:
         """What a report says of the data, and what tells it from other data."""
         mix = self.train[: self.mixed]
         counts = {"train": mix, "val": self.val, "test": self.test}
-        seen = {picture for row in mix for picture in row.images}
+        seen = {picture for row in (*self.train, *self.val) for picture in row.images}
         return {
             "domains": self.domains,
             "rows": {name: dict(sorted(Counter(row.domain for row in rows).items())) for name, rows in counts.items()},
@@ -77,7 +77,7 @@ def read_rows(section: DataSection, *, with_twice: bool) -> StudyRows:
         paths = {name: getattr(section, name) for name in SPLITS}
         splits = {name: _read(path, f"data.{name}") for name, path in paths.items() if path is not None}
         if "val" not in splits:
-            splits["train"], splits["val"] = hold_out(splits["train"], section.val_share)
+            splits["train"], splits["val"] = hold_out(splits["train"], section.val_share, section.samples_per_domain)
         first, more = _cut(_by_domain(splits["train"]), section.samples_per_domain, with_twice=with_twice)
     _check_domains(splits)
     twice = "new samples" if more else "a second pass"
@@ -109,21 +109,26 @@ def _first_pictures(rows: list[Conversation], copies: int) -> tuple[list[Convers
     return [row for row in rows if row.images in first], [row for row in rows if row.images not in first]
 
 
-def hold_out(rows: list[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
-    """The rows to train on and those held out: of each domain a share of the pictures, at random, with all their rows.
+def hold_out(rows: list[Conversation], share: float, cap: int | None) -> tuple[list[Conversation], list[Conversation]]:
+    """The rows to train on and those held out: of each domain pictures at random, with all their rows.
 
-    Both keep their order. A row without a picture counts as one.
+    As many as bring about `share` of the domain's rows, or of the `cap` rows that are trained on. Both keep their
+    order. A row without a picture is one of its own.
     """
-    keys = [row.images or (place,) for place, row in enumerate(rows)]
-    held: set[Any] = set()
+    rows_of: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        for key in row.images or (place,):
+            rows_of.setdefault(key, []).append(place)
+    held: set[int] = set()
     for domain in sorted({row.domain for row in rows}):
-        pictures = list(dict.fromkeys(key for key, row in zip(keys, rows, strict=True) if row.domain == domain))
-        chosen = np.random.default_rng(1).permutation(len(pictures))[: max(1, round(share * len(pictures)))]
-        held |= {pictures[place] for place in chosen}
-    kept, out = [], []
-    for key, row in zip(keys, rows, strict=True):
-        (out if key in held else kept).append(row)
-    return kept, out
+        places = [place for place, row in enumerate(rows) if row.domain == domain]
+        wanted = len(held) + share * min(len(places), cap or len(places))
+        for place in np.random.default_rng(1).permutation(places).tolist():
+            if len(held) >= wanted:
+                break
+            held.update(other for key in rows[place].images or (place,) for other in rows_of[key])
+    kept = [row for place, row in enumerate(rows) if place not in held]
+    return kept, [rows[place] for place in sorted(held)]
 
 
 def _cut(

@@ -44,7 +44,8 @@ def _line(summary: dict[str, Any], mains: list[str]) -> list[str]:
     if conflict is None:
         return [summary["regime"], str(len(summary["seeds"])), f"no arm {SINGLE}", *["–"] * (2 + len(mains))]
     told = {arm: each["mean"] for arm, each in recovery.items() if each["mean"] is not None}
-    best = max(told, key=lambda arm: told[arm]["recovery"], default=None)
+    answers = [arm for arm in told if not summary["arms"][arm]["is_control"]]
+    best = max(answers, key=lambda arm: told[arm]["recovery"], default=None)
     return [
         summary["regime"],
         str(len(summary["seeds"])),

@@ -31,6 +31,7 @@ MACHINE = {
     "model": {"device"},
     "data": {"miniworld": {"folder"}},
 }
+FEW_STEPS = 100
 MOST_LAYERS = 8  # shown one by one in a table; the picture has them all
 
 
@@ -80,7 +81,10 @@ def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
     if not seeds or study.config.run.baseline not in [arm.name for arm in arms]:
         return None
     names = {arm.name: [_final_name(study, arm, kept, seed) for seed in seeds] for arm in arms}
-    found = analyse(_scores(names, kept), baseline=study.config.run.baseline, single=SINGLE, versus=VERSUS)
+    untrained = [arm.name for arm in arms if arm.trains == "nothing"]
+    found = analyse(
+        _scores(names, kept), baseline=study.config.run.baseline, single=SINGLE, versus=VERSUS, aside=untrained
+    )
     for arm in arms:
         records = [kept.read(name) for name in names[arm.name]]
         found["arms"][arm.name] |= _about(study, arm, kept, records)
@@ -93,7 +97,7 @@ def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
         "facts": study.facts,
         "baseline": study.config.run.baseline,
         "seeds": seeds,
-        "left_out": _left_out(study, done, seeds),
+        "left_out": _left_out(study, done, seeds, kept),
         "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "unit": "seed and picture"},
         **found,
         "only_tuned": {
@@ -113,12 +117,14 @@ def _done_seeds(study: Study, arm: Arm, kept: KeptRuns) -> list[int]:
     return [job.seed for job in study.finals(arm, kept) if kept.read(study.name(job)) is not None]
 
 
-def _left_out(study: Study, done: dict[Arm, list[int]], seeds: list[int]) -> list[str]:
+def _left_out(study: Study, done: dict[Arm, list[int]], seeds: list[int], kept: KeptRuns) -> list[str]:
     """What is asked for and not in the report."""
-    wanted = {arm: finished for arm, finished in done.items() if arm.name not in study.config.only_tuned}
-    missing = [arm.name for arm, finished in wanted.items() if not finished]
+    tuned = study.config.only_tuned
+    missing = [arm.name for arm, finished in done.items() if not finished and arm.name not in tuned]
+    untuned = [arm.name for arm in done if arm.name in tuned and not study.tuned(arm, kept)]
     due = [str(seed) for seed in range(study.config.run.seeds) if seed not in seeds]
     said = [f"arms without a finished seed: {', '.join(missing)}"] if missing else []
+    said += [f"arms whose rates were not all tried: {', '.join(untuned)}"] if untuned else []
     return said + ([f"seeds that not every arm has: {', '.join(due)}"] if due else [])
 
 
@@ -141,7 +147,7 @@ def _about(study: Study, arm: Arm, kept: KeptRuns, records: Sequence[dict[str, A
     return {
         "says": arm.says,
         "is_control": arm.is_control,
-        "adapter": study.adapters[arm.name],
+        "adapter": None if arm.trains == "nothing" else study.adapters[arm.name],
         **_rates(study, arm, kept),
         "cost": costs | {"seconds": float(np.mean([each["seconds"] for each in records]))},
         "peak_mib": max(peaks, default=None),
@@ -152,7 +158,8 @@ def _about(study: Study, arm: Arm, kept: KeptRuns, records: Sequence[dict[str, A
 def _rates(study: Study, arm: Arm, kept: KeptRuns) -> dict[str, Any]:
     tuned = sorted((study.tuned(arm, kept) or {}).items())
     return {
-        "lr": study.chosen_rate(arm, kept) * arm.rate,
+        "lr": None if arm.trains == "nothing" else study.chosen_rate(arm, kept) * arm.rate,
+        "router_rate": arm.router_rate,
         "tuned": [{"lr": rate * arm.rate, "exact": exact, "loss": loss} for rate, (exact, loss) in tuned],
     }
 
@@ -205,9 +212,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
         for split, counts in facts["rows"].items()
     )
     said = [
-        "Arms: "
-        + "; ".join(f"{name}: {arm['says']}" for name, arm in (summary["arms"] | summary["only_tuned"]).items())
-        + ".",
+        "Arms: " + "; ".join(f"{name}: {arm['says']}" for name, arm in _all_arms(summary).items()) + ".",
         "Per cent of answers right to the letter, told by teacher forcing: every answer token, its end included, is "
         "the most probable one, so greedy decoding gives that answer. Intervals: 95 %, bootstrap of "
         f"{summary['bootstrap']['resamples']:,} over seeds and pictures together; p by the same, Holm over arms; "
@@ -219,12 +224,25 @@ def notes(summary: dict[str, Any]) -> list[str]:
     ]
     if "twice" in summary["arms"]:
         said.append(f"The second half of what `twice` sees: {facts['twice']}.")
-    at_edge = [name for name, arm in (summary["arms"] | summary["only_tuned"]).items() if _is_at_edge(arm)]
+    at_edge = [name for name, arm in _all_arms(summary).items() if _is_at_edge(arm)]
     if at_edge:
         said.append(f"The best rate lies at an end of the grid for {', '.join(at_edge)}: widen run.lrs.")
+    slow = [f"{name} {arm['router_rate']:g}" for name, arm in _all_arms(summary).items() if arm["router_rate"] != 1]
+    if slow:
+        said.append(f"Learning rate of routers beside that of all else, where it is not 1: {', '.join(slow)}.")
+    run, alone = summary["config"]["run"], min(facts["rows"]["train"].values())
+    if alone * run["passes"] / run["batch_size"] < FEW_STEPS:
+        said.append(
+            f"`{SINGLE}` has fewer than {FEW_STEPS} steps on some domain; part of a difference may be that weights "
+            "on the mix are moved more often: take a smaller run.batch_size."
+        )
     if facts["test_pictures_seen_in_training"]:
-        said.append(f"{facts['test_pictures_seen_in_training']} test pictures are training pictures too.")
+        said.append(f"{facts['test_pictures_seen_in_training']} test pictures were trained on or chose rates.")
     return said + [f"Left out: {left}." for left in summary["left_out"]]
+
+
+def _all_arms(summary: dict[str, Any]) -> dict[str, Any]:
+    return summary["arms"] | summary["only_tuned"]
 
 
 def _is_at_edge(arm: dict[str, Any]) -> bool:

@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mllm.mole import start
 from train.conflict.arms import Arm, adapter_of, adapter_values
 from train.conflict.config import ConflictConfig
 from train.kept import KeptRuns, digest
+from train.parts import RESERVED
 
+STARTS = {"rows": start.ROWS_OF_A_DOMAIN, "shrinkage": start.SHRINKAGE, "spread": start.LOGIT_SPREAD}
 FIRST_TUNE_SEED = 1000  # far from the seeds that are scored on test
 
 
@@ -66,9 +69,12 @@ class Study:
         return recipe | ({"twice": self.facts["data_twice"]} if job.arm.trains == "twice" else {})
 
     def _whole_adapter(self, arm: Arm) -> dict[str, Any] | None:
-        """Every field of the arm's MoleConfig, defaults too: another default is another recipe."""
+        """Every field of the arm's MoleConfig and how routers start: another default is another recipe."""
         adapter = adapter_of(arm, self.adapters[arm.name])
-        return adapter and {key: sorted(v) if isinstance(v, set) else v for key, v in adapter.to_dict().items()}
+        if adapter is None:
+            return None
+        fields = {key: value for key, value in adapter.to_dict().items() if key not in RESERVED}
+        return fields | ({"start": STARTS} if adapter.starts_from_pictures else {})
 
     def name(self, job: Job) -> str:
         """Readable, and another one for another recipe."""

@@ -29,7 +29,7 @@ class Worker:
         rows = read_rows(config.data, with_twice=any(arm.trains == "twice" for arm in config.arms))
         device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.base, self.processor = load(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
-        self.study = Study(config, rows.facts() | {"base": fingerprint(self.base)})
+        self.study = Study(config, rows.facts() | {"base": fingerprint(self.base, with_projector=True)})
         self.study.adapters  # noqa: B018
         self._made = provenance()
         self._rows: StudyRows = rows

@@ -222,7 +222,7 @@ def test_started_routers_send_each_domain_to_its_experts_at_once(llava, reads):
     model = make(router_reads=reads)
     seen = torch.cat([pictures(model, inputs(colour)) for colour in ("red", "blue") * 4])
     jitter = seen + 1e-3 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
-    assert start_routers(model, jitter, ["warm", "cold"] * 4) == 1.0
+    assert start_routers(model, jitter, ["warm", "cold"] * 4).right == 1.0
     model(**inputs("red", "blue"))
     context = routing_context(model)
     for routing in context.routings.values():
@@ -235,8 +235,8 @@ def test_rows_that_look_alike_leave_the_routers_as_they_were(llava):
     model = make()
     before = {name: weight.clone() for name, weight in model.named_parameters() if "mole_router" in name}
     noise_ND = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
-    assert start_routers(model, noise_ND, DOMAINS * 30) < 0.75
-    assert start_routers(model, torch.zeros(60, 32), DOMAINS * 30) <= 0.5
+    assert start_routers(model, noise_ND, DOMAINS * 30).right < 0.75
+    assert start_routers(model, torch.zeros(60, 32), DOMAINS * 30).right <= 0.5
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
 
 
@@ -291,7 +291,7 @@ def test_clusters_find_kinds_that_nobody_named(llava):
     assert len({(a, b) for a, b in zip(class_N.tolist(), found_N.tolist(), strict=True)}) == 3
     make, _ = llava
     model = make(num_experts=3, router_start="clusters", expert_domains=None)
-    assert start_routers(model, features_ND, ["unknown"] * 60) == 1.0
+    assert start_routers(model, features_ND, ["unknown"] * 60).right == 1.0
 
 
 def test_too_few_rows_for_the_clusters_are_refused():

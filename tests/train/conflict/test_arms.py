@@ -80,6 +80,12 @@ def test_the_experts_have_the_weights_of_wide_and_a_router():
     assert trained(mole) == trained(wide) + router > trained(wide)
 
 
+def test_an_own_arm_may_have_slow_routers():
+    arm = own_arm("slow", {"top_k": 2, "router_rate": 0.1})
+    assert (arm.router_rate, own_arm("warm", {}).router_rate) == (0.1, 1.0)
+    assert adapter_of(arm, adapter_values(arm, FRAME, DOMAINS)).top_k == 2
+
+
 def test_an_own_arm_goes_over_the_frame_and_is_refused_by_name():
     assert adapter_of(own_arm("warm", {}), adapter_values(own_arm("warm", {"top_k": 2}), FRAME, DOMAINS)).top_k == 2
     for settings, said in ({"topk": 2}, "arm odd.topk .*did you mean top_k"), ({"top_k": 9}, "arm odd: .*exceeds"):

@@ -51,6 +51,13 @@ def test_without_val_a_share_of_training_pictures_is_held_out_with_all_their_row
     assert rows.facts()["rows"]["val"] == {"document": 4, "general": 4}  # two of six pictures, two rows each
     assert rows.facts()["rows"]["train"] == {"document": 8, "general": 8}
     assert not {row.images for row in rows.val} & {row.images for row in rows.train}
+    capped = read(paths, val_share=1 / 3, samples_per_domain=3)
+    assert capped.facts()["rows"]["val"] == {"document": 2, "general": 2}  # of the three rows that are trained on
+
+
+def test_test_pictures_that_chose_the_rates_are_counted(paths):
+    paths["val"] = paths["test"]
+    assert read(paths).facts()["test_pictures_seen_in_training"] == 12
 
 
 def test_other_words_or_another_picture_are_other_data(paths):
@@ -127,6 +134,10 @@ def test_the_drawer_is_given_the_dial(tmp_path, monkeypatch):
         ("run.lrs=[1e-3, 1e-3]", "lrs must be different rates"),
         ("run.lrs=[]", "run.lrs"),
         ("run.only_tuned=[mole]", "run.only_tuned: mole is among the arms that are scored on test"),
+        ("run.only_tuned=[base]", "run.only_tuned: base is not trained"),
+        ("run.baseline=base", "run.baseline must be one arm that trains on the mix"),
+        ("optim.part_lr.router=1e-3", "optim.part_lr.router: every arm says its own"),
+        ("data.val_share=0.2", "data: val_share is for data without rows of its own to validate on"),
         ("run.only_tuned=[mol]", "run.only_tuned: no arm 'mol' (did you mean mole?"),
         ("run.baseline=main", "run.baseline must be one arm that trains on the mix"),
         ("run.baseline=single", "run.baseline must be one arm that trains on the mix"),
@@ -153,6 +164,11 @@ def test_the_configs_that_come_with_us_are_valid(name):
         "mole_oracle",
         "experts",
     ]
+
+
+def test_arms_to_be_tuned_alone_need_rates_to_choose_from():
+    with pytest.raises(UserError, match=r"with one rate in run\.lrs validation has nothing to choose"):
+        load_conflict_config("train/configs/conflict.yaml", ["run.only_tuned=[nulls]", "run.lrs=[1e-3]"])
 
 
 def test_the_baseline_is_always_among_the_arms():

@@ -88,6 +88,12 @@ def test_a_best_rate_at_the_end_of_the_grid_is_told(hurting):
     assert table(summary, "Learning rates on validation")[0] == ["single", "0.001: 80.0", "0.01: 90.0 *"]
 
 
+def test_too_few_steps_of_single_are_told(hurting, tmp_path):
+    assert any("`single` has fewer than 100 steps" in note for note in notes(hurting[0]))  # 24 rows in batches of 8
+    many = reported(tmp_path, batch_size=1, passes=5, seeds=1)
+    assert not any("has fewer than" in note for note in notes(many))
+
+
 def test_arms_and_seeds_that_are_missing_are_left_out_and_named(tmp_path):
     worker = ToyWorker(tmp_path)
     kept = KeptRuns(tmp_path / "runs")
@@ -129,6 +135,7 @@ def test_several_regimes_make_one_table_with_a_line_each(hurting, tmp_path):
     assert len(lines) == 2
     assert "strong clash" in lines[0]
     assert "| yes | mole " in lines[0]
+    assert "recovery, base" not in text
     assert "| not shown | – |" in lines[1]
     with pytest.raises(UserError, match=r"no summary\.json in any folder"):
         report_all(tmp_path / "a", QUIET)
