@@ -47,3 +47,22 @@ def test_the_quickstart_table_is_the_committed_result():
     for arm in report["arms"].values():
         for figures in arm["domains"].values():
             assert f"{100 * figures['score']:.1f}" in table
+
+
+def test_the_conflict_table_is_the_committed_result():
+    folder = ROOT / "benchmarks" / "results" / "conflict" / "look_alikes"
+    summary = json.loads((folder / "summary.json").read_text())
+
+    def told(figures: dict, name: str, scale: float, digits: int) -> str:
+        score, low, high = (f"{scale * figures[key]:.{digits}f}" for key in (name, "ci_low", "ci_high"))
+        return f"{score} [{low}, {high}]"
+
+    rows = README.split("<!-- conflict -->")[1].split("<!-- /conflict -->")[0].strip().splitlines()[2:]
+    scores = {told(arm["mean"], "score", 100, 1): name for name, arm in summary["arms"].items()}
+    for row in rows:
+        _, score, recovery = (cell.strip() for cell in row.strip("|").split("|"))
+        arm = scores[score]
+        if recovery.startswith(("0.", "1.", "-")):
+            assert recovery == told(summary["recovery"][arm]["mean"], "recovery", 1, 2), arm
+    difference = summary["differences"]["wide"]["experts"]["mean"]
+    assert f"{100 * difference['difference']:+.1f} [{100 * difference['ci_low']:+.1f}" in README
