@@ -407,3 +407,16 @@ def test_fingerprint_tells_apart_models_of_the_same_shape(llava, part):
 def test_weights_trained_with_quick_gelu_are_refused_on_a_tower_without_it():
     with pytest.raises(UserError, match="ViT-B-32-quickgelu"):
         build("ViT-B-32", tiny_language_model(), tokenizer=tiny_tokenizer(), pretrained="openai")
+
+
+def test_a_fingerprint_knows_another_projector_only_when_asked(llava):
+    model, _ = llava
+    known, whole = fingerprint(model), fingerprint(model, with_projector=True)
+    weight = next(model.model.multi_modal_projector.parameters())
+    before = weight.data.clone()
+    try:
+        weight.data += 1
+        assert fingerprint(model) == known  # an adapter may bring a projector of its own
+        assert fingerprint(model, with_projector=True) != whole
+    finally:
+        weight.data = before
