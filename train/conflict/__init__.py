@@ -4,8 +4,8 @@
     mllm conflict train/configs/conflict.yaml --report           # the tables again, from kept runs alone
     mllm conflict --report-all FOLDER                            # one table over several regimes
 
-Every arm (arms.py) is a way of training on the same samples in the same order, or the base as it is. Its learning rate is
-the best of one grid on validation, with seeds of their own; then paired seeds are trained at that rate and scored on
+Every arm (arms.py) is a way of training on the same samples in the same order, or the base as it is. Its learning rate
+is the best of one grid on validation, with seeds of their own; then paired seeds are trained at that rate and scored on
 test, once. Arms of run.only_tuned stop before that.
 
   score     share of answers right to the letter: by teacher forcing every answer token, its end included, must be the
