@@ -2,10 +2,16 @@
 
 import pytest
 
-from benchmarks import moma_study
-from benchmarks.moma_study import ARMS, SCALES, Run, Study, analyse, arm_config, as_markdown, bootstrap, eta
+from benchmarks.moma_study import arms as all_arms
+from benchmarks.moma_study.__main__ import carry_out
+from benchmarks.moma_study.analysis import analyse, as_markdown, eta, interval
+from benchmarks.moma_study.arms import ARMS, SCALES, arm_config
+from benchmarks.moma_study.picture import draw
+from benchmarks.moma_study.runs import Run, Study
+from benchmarks.moma_study.speed import measure
 from mllm.moma import MomaForCausalLM
 from tests.train.moma_data import write_image_tokenizer
+from train.kept import claimed
 
 
 def curve(losses, step=100.0):
@@ -23,10 +29,9 @@ def test_an_arm_like_dense_has_eta_one_and_noise_upwards_does_not_matter():
     assert eta(curve([3, 2, 2.5, 1]), curve([3, 2, 2, 1])) == pytest.approx(1)
 
 
-def test_bootstrap_of_equal_values_has_no_width_and_of_others_holds_the_mean():
-    assert bootstrap([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
-    mean, low, high = bootstrap([1.0, 2.0, 3.0, 4.0])
-    assert low < mean == 2.5 < high
+def test_interval_of_equal_values_has_no_width_and_of_others_is_students():
+    assert interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - 4.3027 / 3**0.5, 2.0 + 4.3027 / 3**0.5), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,7 @@ def test_the_dense_arm_of_equal_total_size_has_the_weights_of_4t4i(study):
 
 def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(study, monkeypatch):
     arms = ["dense", "4t4i", "token_split"]
-    for run in study.due(arms, 2, 2):
-        study.carry_out(run)
+    carry_out(study, arms, 2, 2, limit_seconds=600)
     assert not list(study.due(arms, 2, 2))
     results = analyse(study, arms, 2)
     assert results["dense"]["eta"]["flops"]["all"] == pytest.approx([1, 1, 1])
@@ -64,8 +68,24 @@ def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(stud
     assert results["token_split"]["losses"].keys() == {"token"}
     assert results["4t4i"]["leaky_gap"]
     assert not results["dense"]["leaky_gap"]
-    page = as_markdown(results)
+    page = as_markdown(results, {"dense": {"ratio": 1.0}, "4t4i": {"ratio": 0.9}})
     assert "causal minus leaky" in page
     assert "| token_split |" in page
-    monkeypatch.setitem(moma_study.ARMS, "4t4i", {"preset": "4t4i", "norm_position": "post"})
+    assert "| -10.0 % |" in page
+    draw(study, results, study.folder / "study.png")
+    assert (study.folder / "study.png").stat().st_size > 1000
+    monkeypatch.setitem(all_arms.ARMS, "4t4i", {"preset": "4t4i", "norm_position": "post"})
     assert study.kept(Run("4t4i", 1e-2, 0, "test")) is None  # another recipe
+
+
+def test_speed_is_beside_dense_in_the_same_rounds(study):
+    speeds = measure(study, ["dense", "4t4i"], rounds=3)
+    assert speeds["dense"]["ratio"] == 1
+    assert 0 < speeds["4t4i"]["ratio"] < 10
+
+
+def test_a_run_that_another_process_is_at_is_passed_over(study):
+    run = Run("1t1i", 1e-2, 7, "test")
+    with claimed(study.path(run).with_suffix(".lock")):
+        assert study.carry_out(run) is None
+    assert study.kept(run) is None

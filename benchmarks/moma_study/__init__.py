@@ -1,0 +1,19 @@
+"""Experts by modality (MoMa, 2407.21770) against their rivals at equal active FLOPs, every arm scored causally.
+
+    python -m benchmarks.moma_study --scale cpu --image-tokenizer runs/image_tokenizer/image_tokenizer
+    python -m benchmarks.moma_study --scale real --image-tokenizer FOLDER --captions FILE --image-root FOLDER
+    python -m benchmarks.moma_study --scale cpu --image-tokenizer FOLDER --report-only
+
+Named before anything was run:
+  primary    η of 4t4i on the loss over all held-out tokens, causal: how much more compute dense needs for the same
+             loss. Of two curves the one that ends lower gives the compute at which it first was where the other ended;
+             curves are running minima, interpolated in log compute; the rate is constant after warm-up, so that every
+             point of a curve is a run of that length. Geometric mean over paired seeds, 95 % t-interval.
+  secondary  the same by direction (text, image, image→text, text→image) and in seconds of the processor; the gap
+             between leaky and causal loss, as a row of its own; steps a second beside dense, arms in turn.
+The rate is chosen for each arm among the same three, on the val split with a seed of its own, after a third of the
+steps; figures are of the test split. Claims to test: η 3.7 overall, 2.6 text, 5.2 image for 4t4i, 3.0 for 8x; and that
+agnostic routing is better (2504.07951). All arms norm each expert's output by itself ("expert"), since the post-norm
+would cancel the gate of a lone pick; for dense and 1t1i the two are one. An arm of its own has MoMa's. Runs made by the
+same recipe are kept, and several processes share what is left.
+"""

@@ -1,0 +1,94 @@
+"""Trains and scores what is not there yet, as far as time allows, and reports; see the package's docstring."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from benchmarks.moma_study.analysis import analyse, as_markdown
+from benchmarks.moma_study.arms import ARMS, DENSE
+from benchmarks.moma_study.picture import draw
+from benchmarks.moma_study.runs import Study
+from benchmarks.moma_study.speed import measure
+from benchmarks.store import RESULTS
+from mllm.console import quieten
+from mllm.provenance import provenance
+
+
+def main(
+    image_tokenizer: Annotated[Path, typer.Option(help="Folder of a stage image_tokenizer.")],
+    scale: Annotated[
+        Literal["smoke", "cpu", "real", "gpu"], typer.Option(help="Size; real: of caption files.")
+    ] = "cpu",
+    captions: Annotated[list[Path] | None, typer.Option(help="LLaVA JSON with captions, for --scale real.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Where their pictures lie.")] = None,
+    seeds: Annotated[int, typer.Option(help="Of every arm.")] = 3,
+    main_seeds: Annotated[int, typer.Option(help="Of dense and 4t4i.")] = 5,
+    arm: Annotated[list[str] | None, typer.Option(help="Only these arms (and dense).")] = None,
+    limit_minutes: Annotated[float, typer.Option(help="Start no run that would end later.")] = 60.0,
+    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "moma_study",
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure steps a second, arms in turn; leave it alone.")
+    ] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Tables of what is there.")] = False,
+) -> None:
+    """Train and score what is not there yet, then report."""
+    quieten()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    study = Study(scale, image_tokenizer, out, captions or [], image_root)
+    arms = list(ARMS) if not arm else list(dict.fromkeys([DENSE, *arm]))
+    if not report_only:
+        study.prepare()
+    if speed:
+        _write(study.folder / "speed.json", provenance() | {"arms": measure(study, arms)})
+    elif not report_only:
+        carry_out(study, arms, seeds, main_seeds, limit_seconds=60 * limit_minutes)
+    report(study, arms, max(seeds, main_seeds))
+
+
+def carry_out(study: Study, arms: list[str], seeds: int, main_seeds: int, *, limit_seconds: float) -> None:
+    """All runs that are due, but for those that another process is at; again, until it finds nothing to do."""
+    began, longest, made = time.monotonic(), 0.0, True
+    while made:
+        made = False
+        for run in study.due(arms, seeds, main_seeds):
+            started = time.monotonic()
+            if started - began + longest > limit_seconds:
+                print("time is over; the same command goes on")
+                return
+            record = study.carry_out(run)
+            if record is not None:
+                made, longest = True, max(longest, time.monotonic() - started)
+                loss = record["curve"][-1]["losses"]["all"]
+                print(f"{run.name}: causal loss {loss:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def report(study: Study, arms: list[str], seeds: int) -> None:
+    """Tables and a picture of what is complete, printed and written."""
+    results, path = analyse(study, arms, seeds), study.folder / "speed.json"
+    if not results:
+        print("no seed of dense is complete yet")
+        return
+    speeds = json.loads(path.read_text(encoding="utf-8"))["arms"] if path.is_file() else None
+    _write(study.folder / "results.json", provenance() | {"arms": results})
+    draw(study, results, study.folder / "study.png")
+    page = as_markdown(results, speeds)
+    (study.folder / "README.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def _write(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,79 @@
+"""The arms, and the sizes they are compared at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mllm.moma import MomaConfig, layers_at_equal_flops
+from mllm.moma.processor import MomaProcessor
+
+DENSE, MAIN = "dense", "4t4i"
+TOKEN_CHOICE = {"routing": "token_choice", "num_experts_per_tok": 1, "balance": "global_batch"}
+ARMS: dict[str, dict[str, Any]] = {
+    DENSE: {"preset": "dense"},
+    "8x": {"preset": "8x"},
+    "1t1i": {"preset": "1t1i"},
+    "2t2i": {"preset": "2t2i"},
+    MAIN: {"preset": "4t4i"},
+    "4t4i_post": {"preset": "4t4i", "norm_position": "post"},
+    "mod_4t4i": {"preset": "4t4i", "mixture_of_depths": 0.25},
+    "dense_total": {"preset": "dense"},  # as many parameters as 4t4i has, all of them active
+    "token_agnostic": {"preset": "8x", **TOKEN_CHOICE},
+    "token_split": {"preset": "4t4i", **TOKEN_CHOICE},
+    "shared": {"preset": "3t3i2s"},  # of the eight experts two are open to both modalities (MoIIE, 2508.09779)
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of the study. `fields` are of MomaConfig; without `scenes` the pictures are those of caption files."""
+
+    fields: dict[str, Any]
+    steps: int
+    batch_rows: int
+    length: int
+    points: int  # of a curve
+    scenes: int
+    held_out: int
+    auxiliary_steps: int
+    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
+    warmup: int = 20  # steps
+
+    @property
+    def sweep_steps(self) -> int:
+        """Steps that a rate is tried for."""
+        return max(2, self.steps // 3)
+
+
+def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
+    """The fields of MomaConfig that all arms share."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": positions,
+        "norm_position": "expert",
+        "threshold_momentum": 0.9,  # runs are short: the mean of the last tens of batches
+    }
+
+
+SMALL = shape(96, 192, 6, 4, 256)  # 1.05M active, two fifths of them in embeddings
+SCALES = {
+    "smoke": Scale(shape(16, 24, 2, 2, 128), 6, 2, 128, 2, 40, 16, 2, rates=(1e-2,), warmup=1),
+    "cpu": Scale(SMALL, 600, 8, 256, 10, 8_000, 128, 60),
+    "real": Scale(SMALL, 600, 8, 256, 10, 0, 128, 60),
+    "gpu": Scale(shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800, (5e-4, 1e-3, 2e-3), 400),  # 28M
+}
+
+
+def arm_config(arm: str, scale: Scale, processor: MomaProcessor) -> MomaConfig:
+    """The arm's model. Mixture of depths gets more layers, the dense model of equal total size a wider FFN."""
+    settings = {**processor.config_fields, **scale.fields, **ARMS[arm]}
+    preset = settings.pop("preset")
+    if arm == "mod_4t4i":
+        settings["num_hidden_layers"] = layers_at_equal_flops(settings["num_hidden_layers"], 0.25)
+    if arm == "dense_total":
+        settings["intermediate_size"] *= MomaConfig.preset(ARMS[MAIN]["preset"]).layout.num_experts
+    return MomaConfig.preset(preset, **settings)

@@ -1,0 +1,207 @@
+"""One training of the study, and the folder that keeps what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.moma_study.arms import ARMS, DENSE, MAIN, SCALES, arm_config
+from mllm.moma import MomaForCausalLM
+from mllm.moma.cost import head_flops, moma_cost
+from mllm.moma.scoring import evaluation_modes, held_out_losses
+from mllm.moma.stream import PackedRows, pack
+from mllm.provenance import provenance
+from train.kept import claimed, digest
+from train.moma.config import MomaModelSection, StreamSection
+from train.moma.data import digest as data_digest
+from train.moma.data import held_out_documents, training_rows
+from train.moma.model import build_processor
+
+SWEEP_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm, a rate and a seed; `split` is what its curve is scored on."""
+
+    arm: str
+    rate: float
+    seed: int
+    split: Literal["val", "test"]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.arm}-lr{self.rate:g}-s{self.seed}-{self.split}"
+
+
+class Study:
+    """A scale, its data, and the folder that keeps runs."""
+
+    def __init__(
+        self, scale_name: str, tokenizer: Path, out: Path, captions: list[Path] = (), image_root: Path | None = None
+    ) -> None:
+        """Raises UserError for a folder without a tokenizer, and for a scale without pictures."""
+        self.scale, self.folder = SCALES[scale_name], out / scale_name
+        self.processor = build_processor(MomaModelSection(image_tokenizer=tokenizer))
+        self.data = StreamSection(
+            miniworld=self.scale.scenes,
+            held_out=self.scale.held_out,
+            length=self.scale.length,
+            rows=self.scale.steps * self.scale.batch_rows,
+            captions=captions,
+            image_root=image_root,
+            cache=Path("runs/moma_study/rows"),
+        )
+        self.data_digest = data_digest(self.data, self.processor)
+
+    def prepare(self) -> None:
+        """Rows of all splits, once, so that a run's time is its own."""
+        with claimed(self.data.cache / "rows.lock", wait=True):
+            self.rows = training_rows(self.data, self.processor)
+        self.scored = {split: self._held_out(split) for split in ("val", "test")}
+
+    def _held_out(self, split: Literal["val", "test"]) -> PackedRows:
+        documents = held_out_documents(self.data, self.processor, split)
+        return PackedRows(*(np.stack(column) for column in zip(*pack(documents, self.data.length), strict=True)))
+
+    def path(self, run: Run) -> Path:
+        """Where a run is kept."""
+        return self.folder / "runs" / f"{run.name}.json"
+
+    def kept(self, run: Run) -> dict | None:
+        """What was measured, if it was by this recipe."""
+        path = self.path(run)
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return record if record and record["recipe"] == self.recipe(run) else None
+
+    def recipe(self, run: Run) -> str:
+        """A short name of all that a run's figures follow from."""
+        return digest([asdict(self.scale), ARMS[run.arm], asdict(run), self.data_digest])
+
+    def carry_out(self, run: Run) -> dict | None:
+        """Train, measure, keep; the file appears whole. None where another process is at it."""
+        path = self.path(run)
+        with claimed(path.with_suffix(".lock")) as mine:
+            if not mine:
+                return None
+            if there := self.kept(run):
+                return there
+            record = {"recipe": self.recipe(run), "run": asdict(run), **train_arm(self, run), "made": provenance()}
+            draft = path.with_suffix(".part")
+            draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            os.replace(draft, path)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+        return record
+
+    def rate_of(self, arm: str) -> float | None:
+        """The rate with the lowest final causal loss on the val split; None until all were tried."""
+        tried = {rate: self.kept(Run(arm, rate, SWEEP_SEED, "val")) for rate in self.scale.rates}
+        if not all(tried.values()):
+            return None
+        return min(tried, key=lambda rate: tried[rate]["curve"][-1]["losses"]["all"])
+
+    def due(self, arms: list[str], seeds: int, main_seeds: int) -> Iterator[Run]:
+        """Runs that are not there: first every arm's rates, then seed by seed, so that what is there is paired.
+
+        Runs whose rate is not chosen yet, since another process is trying it, are passed over.
+        """
+        sweep = [Run(arm, rate, SWEEP_SEED, "val") for arm in arms for rate in self.scale.rates]
+        yield from (run for run in sweep if not self.kept(run))
+        for seed in range(max(seeds, main_seeds)):
+            for arm in arms:
+                rate = self.rate_of(arm) if seed < (main_seeds if arm in (DENSE, MAIN) else seeds) else None
+                if rate is not None and not self.kept(run := Run(arm, rate, seed, "test")):
+                    yield run
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train_arm(study: Study, run: Run) -> dict[str, Any]:
+    """A plain loop on one device: {"curve", "final", "flops_a_step", "parameters", "tokens_per_second"}.
+
+    The same seed gives every arm the same rows in the same order. Compute is forward, times three, head included.
+    """
+    scale, device = study.scale, "cuda" if torch.cuda.is_available() else "cpu"
+    steps = scale.steps if run.split == "test" else scale.sweep_steps
+    torch.manual_seed(run.seed)
+    model = MomaForCausalLM(arm_config(run.arm, scale, study.processor)).to(device)
+    order = study.rows.order(run.seed, 0)[: steps * scale.batch_rows].reshape(steps, scale.batch_rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / scale.warmup))
+    marks = _marks(scale.warmup, steps, scale.points) if run.split == "test" else {steps}
+    curve, seconds, flops = [], 0.0, 0
+    for step, rows in enumerate(order, 1):
+        began = clock()
+        learn(model, study.rows.batch(rows.tolist()), optimizer)
+        rate.step()
+        seconds += clock() - began
+        flops += 3 * (moma_cost(model).flops + head_flops(model))
+        if step in marks:
+            losses = held_out_losses(model, study.scored[run.split], study.processor)
+            curve.append({"step": step, "flops": flops, "seconds": seconds, "losses": losses})
+    cost = moma_cost(model)
+    return {
+        "curve": curve,
+        "final": _final(study, model, order) if run.split == "test" else {},
+        "flops_a_step": flops / steps,
+        "parameters": {"total": cost.total_parameters, "active": cost.active_parameters},
+        "tokens_per_second": steps * scale.batch_rows * scale.length / seconds,
+    }
+
+
+def _marks(first: int, last: int, points: int) -> set[int]:
+    """Steps at which a curve is scored, evenly in their logarithm."""
+    return set(np.unique(np.geomspace(first, last, points).round().astype(int)).tolist())
+
+
+def _final(study: Study, model: MomaForCausalLM, order: np.ndarray) -> dict[str, dict[str, float]]:
+    """Losses of the finished model by every way that its experts can choose, auxiliary routers trained for it."""
+    final = {mode: losses_by(study, model, mode) for mode in evaluation_modes(model)}
+    if model.config.chooses_over_batch:
+        train_auxiliary(study, model, order)
+        final["aux"] = losses_by(study, model, "aux")
+    return final
+
+
+def learn(model: MomaForCausalLM, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """One step."""
+    model.train()
+    loss = model(**{key: values.to(model.device) for key, values in batch.items()}).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train_auxiliary(study: Study, model: MomaForCausalLM, order: np.ndarray) -> None:
+    """MoMa's second stage, on rows seen before."""
+    model.begin_auxiliary_stage()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for rows in order[: study.scale.auxiliary_steps]:
+        learn(model, study.rows.batch(rows.tolist()), optimizer)
+
+
+def losses_by(study: Study, model: MomaForCausalLM, mode: str) -> dict[str, float]:
+    """On test rows. Leaky figures depend on the batch: it is that of training."""
+    rows = study.scored["test"]
+    return held_out_losses(model, rows, study.processor, mode=mode, batch_size=study.scale.batch_rows)
+
+
+def clock() -> float:
+    """Seconds: the processor's on a CPU, which others' work stretches less, the wall's on a GPU."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()

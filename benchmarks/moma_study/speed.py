@@ -1,0 +1,36 @@
+"""What each arm's step costs beside dense, arms in turn, so that all meet the same machine."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+
+from benchmarks.moma_study.arms import DENSE, arm_config
+from benchmarks.moma_study.runs import Study, clock, learn
+from mllm.moma import MomaForCausalLM
+
+WARM_UP = 3
+
+
+def measure(study: Study, arms: list[str], rounds: int = 30) -> dict[str, dict[str, float]]:
+    """Arm -> {"ratio": steps a second beside dense, median over rounds, "seconds": median of a step}."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = {arm: MomaForCausalLM(arm_config(arm, study.scale, study.processor)).to(device) for arm in arms}
+    optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-3) for arm, model in models.items()}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(WARM_UP + rounds):
+        first = turn * study.scale.batch_rows % (len(study.rows) - study.scale.batch_rows)
+        batch = study.rows.batch(range(first, first + study.scale.batch_rows))
+        for arm, model in models.items():
+            began = clock()
+            learn(model, batch, optimizers[arm])
+            if turn >= WARM_UP:
+                seconds[arm].append(clock() - began)
+    return {
+        arm: {
+            "ratio": median(dense / mine for dense, mine in zip(seconds[DENSE], seconds[arm], strict=True)),
+            "seconds": median(seconds[arm]),
+        }
+        for arm in arms
+    }
