@@ -3,9 +3,9 @@
     facts = read_scene(picture)                       # {(0, 1): ("red", "ball"), …}
     score = score_picture(picture, "a scene: red ball at the top, blue box at the left")
 
-No learning: per cell of the 3 x 3 grid, what differs from the ground is an object; its colour is the nearest one of the
-palette, its shape the mask that covers most of the same pixels. Meant for generated pictures, so it reads what is there
-and does not guess what might have been meant. H, W pixels.
+No learning: per cell of the 3 x 3 grid, what differs from the ground is an object; its colour is the one of the palette
+nearest to its core, its shape that of the nearest template, sharp or a little soft as generated pictures are. It reads
+what is there and does not guess what might have been meant. H, W pixels.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from data_recipes.miniworld.canvas import SIZE
 from data_recipes.miniworld.conventions import viewer_place
@@ -21,7 +21,8 @@ from data_recipes.miniworld.general import CELLS, COLOURS, SHAPES, paint_shape
 
 CELL = SIZE // 3
 SMALLEST = 40  # pixels of an object: a star of 20 pixels has some 130
-TEMPLATE = 24  # pixels a side that masks are compared at
+TEMPLATE = 24  # pixels a side that forms are compared at
+BLURS = (0.0, 0.8, 1.4)  # pixels: generated pictures are a little soft
 FACT = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) at the ([a-z ]+)")
 
 Cell = tuple[int, int]
@@ -88,27 +89,35 @@ def _ground(pixels_HW3: np.ndarray) -> np.ndarray:
 
 
 def _read_cell(cell_HW3: np.ndarray, ground_3: np.ndarray) -> tuple[str, str] | None:
-    is_object_HW = np.abs(cell_HW3 - ground_3).max(-1) > 50  # levels of 256; grounds are pale, colours at least 60 off
+    difference_HW = np.abs(cell_HW3 - ground_3).max(-1)
+    is_object_HW = difference_HW > 50  # levels of 256; grounds are pale, colours at least 60 off
     if is_object_HW.sum() < SMALLEST:
         return None
-    colour_3 = np.median(cell_HW3[is_object_HW], axis=0)
+    core = np.percentile(difference_HW[is_object_HW], 75)
+    colour_3 = np.median(cell_HW3[difference_HW >= core], axis=0)
     distances = {name: np.abs(colour_3 - np.array(colour)).sum() for name, colour in COLOURS.items()}
-    ys, xs = is_object_HW.nonzero()
+    form = _form(difference_HW / core)
+    return min(distances, key=distances.get), min(SHAPES, key=lambda shape: _distance(form, shape))
+
+
+def _form(share_HW: np.ndarray) -> np.ndarray:
+    """float [24, 24] how much of the object each pixel holds, the box around its half filling the square."""
+    ys, xs = (share_HW > 0.5).nonzero()
     box = np.s_[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
-    shape_mask = Image.fromarray(is_object_HW[box].astype(np.uint8) * 255)
-    mask = np.asarray(shape_mask.resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR)) > 127
-    return min(distances, key=distances.get), max(SHAPES, key=lambda shape: _overlap(mask, _template(shape)))
+    form = Image.fromarray(share_HW[box].clip(0, 1).astype(np.float32))
+    return np.asarray(form.resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR))
 
 
-def _overlap(one_HW: np.ndarray, other_HW: np.ndarray) -> float:
-    return (one_HW & other_HW).sum() / (one_HW | other_HW).sum()
+def _distance(form: np.ndarray, shape: str) -> float:
+    """To the nearest of the shape's templates, soft and sharp."""
+    return min(np.abs(form - _template(shape, blur)).mean() for blur in BLURS)
 
 
 @cache
-def _template(shape: str) -> np.ndarray:
-    """bool [24, 24] the shape, filling the square."""
-    canvas = Image.new("L", (64, 64))
-    paint_shape(ImageDraw.Draw(canvas), shape, (8, 8, 48, 48), 255)
-    ys, xs = np.asarray(canvas).nonzero()
-    whole = canvas.crop((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
-    return np.asarray(whole.resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR)) > 127
+def _template(shape: str, blur: float) -> np.ndarray:
+    """float [24, 24] a shape of common size, as soft as a Gaussian of so many pixels makes it."""
+    canvas = Image.new("L", (4 * CELL, 4 * CELL))
+    paint_shape(ImageDraw.Draw(canvas), shape, (4 * 6, 4 * 6, 4 * 26, 4 * 26), 255)
+    small = canvas.resize((CELL, CELL), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur))
+    share_HW = np.asarray(small, dtype=np.float64)
+    return _form(share_HW / np.percentile(share_HW[share_HW > 50], 75))

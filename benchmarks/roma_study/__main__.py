@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.roma_study.analysis import WHERE, analyse
-from benchmarks.roma_study.arms import ARMS
+from benchmarks.roma_study.arms import ARMS, TRIES, Arm
 from benchmarks.roma_study.llava import LlavaPart
 from benchmarks.roma_study.native import NativePart
 from benchmarks.roma_study.runs import Part, RunFolder, run_arm
@@ -32,6 +33,7 @@ def main(
     adapter: Annotated[Path | None, typer.Option(help="Its trained MoLE adapter.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with train.json and test.json.")] = None,
     seeds: Annotated[int, typer.Option(help="Paired seeds, from 0 on.")] = 5,
+    tries: Annotated[bool, typer.Option("--tries", help="What might make it work, after the named arms.")] = False,
     limit_minutes: Annotated[float, typer.Option(help="Start no run that would end later than this.")] = 45.0,
     out: Annotated[Path, typer.Option(help="Where results go; runs are kept in its folder runs/.")] = RESULTS
     / "roma_study",
@@ -40,18 +42,19 @@ def main(
     quieten()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runs = RunFolder(out / "runs")
+    arms = TRIES if tries else ARMS
     if part == "native":
-        carry_out(NativePart(), runs, seeds, limit_seconds=60 * limit_minutes)
+        carry_out(NativePart(), runs, seeds, arms, limit_seconds=60 * limit_minutes)
     elif part != "report":
         if adapter is None or data is None:
             raise typer.BadParameter(f"--part {part} needs --adapter and --data.")
-        carry_out(LlavaPart(part, base, adapter, data), runs, seeds, limit_seconds=60 * limit_minutes)
+        carry_out(LlavaPart(part, base, adapter, data), runs, seeds, arms, limit_seconds=60 * limit_minutes)
     report(runs, out)
 
 
-def carry_out(part: Part, runs: RunFolder, seeds: int, *, limit_seconds: float) -> int:
+def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm] = ARMS, *, limit_seconds: float) -> int:
     """Seed by seed, so that what is there when time is over is paired. Returns how many runs were made."""
-    due = [(seed, arm) for seed in range(seeds) for arm in ARMS if not runs.is_done(part, arm, seed)]
+    due = [(seed, arm) for seed in range(seeds) for arm in arms if not runs.is_done(part, arm, seed)]
     began, made, task, task_seed, started = time.monotonic(), 0, None, None, None
     for seed, arm in due:
         now = time.monotonic()
@@ -77,10 +80,18 @@ def report(runs: RunFolder, out: Path) -> None:
     """Tables of every part with a complete seed, printed and written with the figures."""
     tables, figures = [], {}
     for name in ("native", "miniworld", "real"):
-        complete = [seed for seed in range(100) if all(runs.read(name, arm.name, seed) for arm in ARMS)]
-        if complete:
-            figures[name] = analyse({arm.name: [runs.read(name, arm.name, seed) for seed in complete] for arm in ARMS})
+        seeds = complete(runs, name, ARMS)
+        if seeds:
+            figures[name] = analyse(
+                {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in ARMS}
+            )
             tables += part_tables(name, figures[name])
+        seeds = complete(runs, name, TRIES) & seeds
+        if seeds:
+            beside = [arm for arm in ARMS if arm.name in ("base", "ce", "true")]
+            arms = {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in (*beside, *TRIES)}
+            figures[f"{name}_tries"] = analyse(arms)
+            tables.append(tries_table(name, figures[f"{name}_tries"]))
     if not tables:
         console.print("No seed is complete yet: run a part first, or go on with it.")
         return
@@ -90,6 +101,11 @@ def report(runs: RunFolder, out: Path) -> None:
     print_tables(tables, notes)
     (out / "README.md").write_text(markdown("Router alignment: the study", tables, notes), encoding="utf-8")
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def complete(runs: RunFolder, part: str, arms: Sequence[Arm]) -> set[int]:
+    """Seeds for which every arm is there."""
+    return {seed for seed in range(100) if all(runs.read(part, arm.name, seed) for arm in arms)}
 
 
 def part_tables(name: str, figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -109,6 +125,21 @@ def part_tables(name: str, figures: dict[str, Any]) -> list[tuple[str, list[str]
         (title, heads, rows),
         (f"{title}: the claim", ["difference", "families", "points", "p (Holm)", "McNemar"], claim),
     ]
+
+
+def tries_table(name: str, figures: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Each try against tuning by the answers' loss alone; no correction for their number, since they are no claim."""
+    heads = ["try", *(f"{where} − {rival}" for where in WHERE for rival in ("base", "ce")), "nearest / random, after"]
+    rows = [
+        [
+            arm,
+            *(points(each[where][f"to_{rival}"]) for where in WHERE for rival in ("base", "ce")),
+            f"{each['consistency']['after']:.3f}",
+        ]
+        for arm, each in figures["arms"].items()
+        if arm not in ("base", "ce")
+    ]
+    return f"Part {name}, {figures['seeds']} seeds: tries", heads, rows
 
 
 def points(test: dict[str, float]) -> str:

@@ -56,13 +56,15 @@ def analyse(runs: Mapping[str, Sequence[tuple[dict[str, Any], Rows]]]) -> dict[s
             "trials": [record["trial"] for record, _ in seeds],
         }
         for where in WHERE:
-            score_S, base_S = (np.array([means(each, where) for each in rows[name]]) for name in (arm, "base"))
+            names = (arm, "base", "ce" if "ce" in rows else "base")
+            score_S, base_S, ce_S = (np.array([means(each, where) for each in rows[name]]) for name in names)
             loss = float(np.mean([means(each, where, "loss") for each in rows[arm]]))
             figures["arms"][arm][where] = {
                 "score": float(score_S.mean()),
                 "by_seed": score_S.tolist(),
                 "loss": loss,
                 "to_base": paired(score_S - base_S),
+                "to_ce": paired(score_S - ce_S),
             }
     rivals = [name for name in RIVALS if name in rows and "true" in rows]
     for where in WHERE:

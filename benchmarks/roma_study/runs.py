@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,9 +90,12 @@ class Measured:
 
 def run_arm(task: Task, arm: Arm, sizes: Sizes, seed: int) -> Measured:
     """The model is afterwards as it was before."""
-    settings = AlignSettings(layers=sizes.layers, **arm.settings)
-    aligner = Aligner(task.model, settings)
+    if arm.neighbours or arm.steps:
+        sizes = replace(sizes, neighbours=arm.neighbours or sizes.neighbours, steps=arm.steps or sizes.steps)
+    aligner = Aligner(task.model, _settings(arm, sizes, {}))
     neighbours = _neighbours(task, arm.pool or "true", sizes, seed)
+    if arm.by_family:
+        neighbours = _weighed_by_family(task, neighbours)
     before_NR = sample_vectors(task.model, task.data, aligner.layers)
     best: tuple[float, dict[str, float], Scores, dict[str, float]] | None = None
     for trial in arm.trials or ({},):
@@ -136,9 +139,29 @@ def _learn(
     if arm.name == "lora":
         weights = sum(p.numel() for p in aligner.trained().values())
         return None, train_lora(task.model, task.data, aligner.layers, weights, lr=trial["lr"], **common).remove
-    settings = AlignSettings(layers=sizes.layers, weight=trial.get("weight", 1.0), **arm.settings)
-    align_routers(task.model, task.data, settings, neighbours=neighbours, lr=trial["lr"], **common)
+
+    def refreshed(_: Aligner, epoch: int) -> Neighbours:
+        succeeded_N = task.succeeded_N.clone()
+        succeeded_N[list(task.train)] = score(task.model, task.data, task.train).exact_N
+        return _neighbours(replace(task, succeeded_N=succeeded_N), arm.pool, sizes, seed)
+
+    refresh = refreshed if arm.refresh else None
+    settings = _settings(arm, sizes, trial)
+    align_routers(task.model, task.data, settings, neighbours=neighbours, lr=trial["lr"], refresh=refresh, **common)
     return None, lambda: aligner.set_weights(aligner.initial)
+
+
+def _settings(arm: Arm, sizes: Sizes, trial: dict[str, float]) -> AlignSettings:
+    return AlignSettings(**{"layers": sizes.layers, "weight": trial.get("weight", 1.0), **arm.settings})
+
+
+def _weighed_by_family(task: Task, neighbours: Neighbours) -> Neighbours:
+    """Rows weigh as much as training rows of their family fail, 1 on average over training rows."""
+    families = np.array(task.family_N)
+    train, failed = families[list(task.train)], ~task.succeeded_N[list(task.train)].numpy()
+    shares = {family: failed[train == family].mean() for family in np.unique(train)}
+    factors_N = torch.tensor([shares.get(family, 0.0) / max(failed.mean(), 1e-9) for family in families])
+    return replace(neighbours, weights_NK=neighbours.weights_NK * factors_N[:, None].float())
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -194,5 +217,6 @@ class RunFolder:
 
 def digest(part: Part, arm: Arm, seed: int) -> str:
     """A short name of the recipe."""
-    recipe = json.dumps([part.recipe(), asdict(part.sizes), asdict(arm), seed], sort_keys=True)
+    asked = {key: value for key, value in asdict(arm).items() if value not in (0, False)}
+    recipe = json.dumps([part.recipe(), asdict(part.sizes), asked, seed], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]

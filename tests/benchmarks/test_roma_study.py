@@ -1,16 +1,18 @@
 """The study of router alignment, small: arms run, undo themselves, resume, and are compared seed by seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.roma_study import __main__ as command
 from benchmarks.roma_study.analysis import analyse, discordant_p, means, paired
-from benchmarks.roma_study.arms import ARMS
+from benchmarks.roma_study.arms import ARMS, TRIES
 from benchmarks.roma_study.lora import SmallLora
 from benchmarks.roma_study.native import FAMILIES, HELD_OUT, NativePart, questions
-from benchmarks.roma_study.runs import RunFolder, Sizes, run_arm
-from mllm.alignment import routed_layers
+from benchmarks.roma_study.runs import RunFolder, Sizes, _weighed_by_family, run_arm
+from mllm.alignment import nearest, routed_layers
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,12 @@ def test_a_question_is_answered_by_its_familys_rule():
         assert (labels != -100).tolist() == [False] * 7 + [True] * 2
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize(
+    "arm", [*ARMS, *(replace(arm, steps=min(arm.steps, 7)) for arm in TRIES)], ids=lambda arm: arm.name
+)
 def test_every_arm_runs_and_leaves_the_model_as_it_was(task, part, arm):
     task.succeeded_N[:] = True  # so young a model is right too seldom
+    task.succeeded_N[task.train[0]] = False
     before = {name: parameter.clone() for name, parameter in task.model.named_parameters()}
     measured = run_arm(task, arm, part.sizes, seed=0)
     assert measured.scores.exact_N.shape == (48,)
@@ -54,6 +59,18 @@ def test_every_arm_runs_and_leaves_the_model_as_it_was(task, part, arm):
         inputs, _, _ = task.data.batch([0])
         assert not any(module._forward_hooks for name, module in task.model.named_modules() if name.endswith("proj"))
         assert inputs["hidden_BSD"].shape[0] == 1
+
+
+def test_by_family_rows_weigh_as_their_family_fails_and_one_on_average(task):
+    families = np.array([task.family_N[row] for row in task.train])
+    succeeded_N = torch.ones(len(task.family_N), dtype=torch.bool)
+    failing = [row for row, family in zip(task.train, families, strict=True) if family == "first"]
+    succeeded_N[failing] = False
+    young = replace(task, succeeded_N=succeeded_N)
+    found = nearest(task.embeddings_NM, k=2)
+    weighed = _weighed_by_family(young, found).weights_NK.sum(1)[list(task.train)]
+    assert weighed[torch.from_numpy(families == "first")].tolist() == pytest.approx([48 / len(failing)] * len(failing))
+    assert weighed.mean() == pytest.approx(1, rel=1e-5)
 
 
 def test_lora_has_about_as_many_weights_as_the_routers(task):
@@ -67,15 +84,18 @@ def test_lora_has_about_as_many_weights_as_the_routers(task):
 def test_a_study_goes_on_where_it_stopped_and_reports(part, task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(NativePart, "task", lambda self, seed: task)
     runs = RunFolder(tmp_path / "runs")
-    monkeypatch.setattr(command, "ARMS", ARMS[:3])
-    assert command.carry_out(part, runs, 2, limit_seconds=1e-9) == 1
-    assert command.carry_out(part, runs, 2, limit_seconds=1e9) == 5
-    assert command.carry_out(part, runs, 2, limit_seconds=1e9) == 0
+    assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e-9) == 1
+    assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 5
+    assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 0
+    assert command.carry_out(part, runs, 1, TRIES[:1], limit_seconds=1e9) == 1
     monkeypatch.setattr(command, "ARMS", ARMS[:2])
+    monkeypatch.setattr(command, "TRIES", TRIES[:1])
     command.report(runs, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| ce |" in text
     assert "Part native, 2 seeds" in text
+    assert "Part native, 1 seeds: tries" in text
+    assert "| token_first |" in text
 
 
 def rows(right: list[int], held_out: list[int]) -> dict[str, np.ndarray]:
