@@ -99,7 +99,7 @@ class NativePart:
 
     def _first_model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = OlmoeForCausalLM._from_config(self._config, experts_implementation="eager")
+        model = OlmoeForCausalLM._from_config(self._config, experts_implementation="grouped_mm")
         path = self.work / f"model-{self._stamp(seed)}.safetensors"
         if path.is_file():
             load_model(model, path)

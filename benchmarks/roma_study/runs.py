@@ -37,6 +37,8 @@ from mllm.alignment.success import Scores
 from mllm.alignment.vectors import vector_sizes
 from mllm.provenance import provenance
 
+SCORED_AT_ONCE = 128  # rows
+
 
 @dataclass(frozen=True)
 class Task:
@@ -96,14 +98,15 @@ def run_arm(task: Task, arm: Arm, sizes: Sizes, seed: int) -> Measured:
     neighbours = _neighbours(task, arm.pool or "true", sizes, seed)
     if arm.by_family:
         neighbours = _weighed_by_family(task, neighbours)
-    before_NR = sample_vectors(task.model, task.data, aligner.layers)
+    before_NR = _vectors(task, aligner)
     best: tuple[float, dict[str, float], Scores, dict[str, float]] | None = None
     for trial in arm.trials or ({},):
         around, undo = _learn(task, arm, aligner, neighbours, sizes, seed, trial, before_NR)
-        loss = score(task.model, task.data, task.validation, around=around).loss_N.mean().item()
+        validated = score(task.model, task.data, task.validation, batch_size=SCORED_AT_ONCE, around=around)
+        loss = validated.loss_N.mean().item()
         if best is None or loss < best[0]:
-            tested = score(task.model, task.data, task.test, around=around)
-            after_NR = sample_vectors(task.model, task.data, aligner.layers)
+            tested = score(task.model, task.data, task.test, batch_size=SCORED_AT_ONCE, around=around)
+            after_NR = _vectors(task, aligner)
             true = neighbours if arm.pool == "true" else _neighbours(task, "true", sizes, seed)
             figures = {f"{when}/{key}": value for when, table in (("before", before_NR), ("after", after_NR))
                        for key, value in consistency(table, true, task.test).items()}  # fmt: skip
@@ -112,6 +115,13 @@ def run_arm(task: Task, arm: Arm, sizes: Sizes, seed: int) -> Measured:
     loss, trial, tested, figures = best
     figures |= {"validation_loss": loss, "weights": sum(p.numel() for p in aligner.trained().values())}
     return Measured(figures, trial, tested)
+
+
+def _vectors(task: Task, aligner: Aligner) -> Tensor:
+    """Routing of every row, 0 for those that nobody looks at."""
+    rows = [*task.train, *task.validation, *task.test]
+    asked_MR = sample_vectors(task.model, task.data, aligner.layers, rows, batch_size=SCORED_AT_ONCE)
+    return asked_MR.new_zeros(len(task.data), asked_MR.shape[1]).index_copy(0, torch.tensor(rows), asked_MR)
 
 
 def _neighbours(task: Task, pool: str, sizes: Sizes, seed: int) -> Neighbours:
@@ -142,7 +152,7 @@ def _learn(
 
     def refreshed(_: Aligner, epoch: int) -> Neighbours:
         succeeded_N = task.succeeded_N.clone()
-        succeeded_N[list(task.train)] = score(task.model, task.data, task.train).exact_N
+        succeeded_N[list(task.train)] = score(task.model, task.data, task.train, batch_size=SCORED_AT_ONCE).exact_N
         return _neighbours(replace(task, succeeded_N=succeeded_N), arm.pool, sizes, seed)
 
     refresh = refreshed if arm.refresh else None

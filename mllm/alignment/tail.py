@@ -31,6 +31,7 @@ from mllm.errors import UserError
 HIDDEN, FIRST = "hidden_BSD", "first_layer"  # keys of a batch that starts inside the model
 PICTURE = "picture_BD"  # and, where routers read it, what they are told of the rows' pictures
 INDEX = "index.json"
+STORED = ("states", "input_ids", "labels", "pictures")  # of a shard, all its samples one after the other
 SHARD_TOKENS = 1 << 18
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of logits against their largest; other types: 0.05
 
@@ -210,8 +211,7 @@ def _without_padding(batch: Batch, states: dict[str, Any]) -> list[dict[str, Any
 
 
 def _write_shard(path: Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("states", "input_ids", "labels", "pictures")
-    save_file({key: torch.cat([sample[key] for sample in samples]).contiguous() for key in keys}, path)
+    save_file({key: torch.cat([sample[key] for sample in samples]).contiguous() for key in STORED}, path)
     return {
         "file": path.name,
         "lengths": [len(sample["input_ids"]) for sample in samples],
@@ -225,15 +225,16 @@ class CachedStates:
     def __init__(self, folder: str | Path, *, pad_token_id: int = 0, side: str = "right") -> None:
         """Raises UserError where the folder holds no states."""
         self.pad_token_id, self.side = pad_token_id, side
-        self._places: dict[int, tuple[Any, slice, slice, str]] = {}
+        self._places: dict[int, tuple[list[Tensor], slice, slice, str]] = {}
         for index in sorted(Path(folder).glob(f"[!.]*/{INDEX}")):
             about = json.loads(index.read_text(encoding="utf-8"))
             self.first_layer, rows = about[FIRST], iter(about["rows"])
             for shard in about["shards"]:
-                file, start = safe_open(index.parent / shard["file"], framework="pt"), 0
+                file = safe_open(index.parent / shard["file"], framework="pt")
+                tensors, start = [file.get_tensor(key) for key in STORED], 0  # mapped: read when looked at
                 for number, (length, domain) in enumerate(zip(shard["lengths"], shard["domains"], strict=True)):
                     places = slice(start, start + length), slice(number, number + 1)
-                    self._places[next(rows)] = (file, *places, domain)
+                    self._places[next(rows)] = (tensors, *places, domain)
                     start += length
         if not self._places:
             raise UserError(f"{folder} holds no cached states; expected a folder written by cache_states.")
@@ -255,6 +256,5 @@ class CachedStates:
         return inputs, padded(labels, IGNORED, self.side), [self._places[row][3] for row in rows]
 
     def _read(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        file, tokens, number, _ = self._places[row]
-        parts = [file.get_slice(key)[tokens] for key in ("states", "input_ids", "labels")]
-        return (*parts, file.get_slice("pictures")[number])
+        (states, ids, labels, pictures), tokens, number, _ = self._places[row]
+        return states[tokens], ids[tokens], labels[tokens], pictures[number]
