@@ -11,6 +11,7 @@ What is compared, named before anything was run:
              arm minus its rival seed by seed; 95 % t-interval over seeds, p by Holm over the two rivals.
   secondary  the same on families that it was trained on; mean loss of answers; McNemar's test over all rows of all
              seeds; neighbour consistency (nearest over random) before and after.
-Every arm gets four trials of its own settings (rates, λ) and keeps the one with the least loss on validation rows of
-the trained families. Test rows are looked at once.
+Every arm gets four trials of its own settings (rates, λ), two in the LLaVA parts, and keeps the one with the least loss
+on validation rows of the trained families. With --tries: what might turn the method positive, explored afterwards and
+no part of the claim.
 """

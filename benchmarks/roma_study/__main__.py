@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.roma_study.analysis import WHERE, analyse
-from benchmarks.roma_study.arms import ARMS, TRIES, Arm
+from benchmarks.roma_study.arms import ARMS, FEW_ARMS, TRIES, Arm
 from benchmarks.roma_study.llava import LlavaPart
 from benchmarks.roma_study.native import NativePart
 from benchmarks.roma_study.runs import Part, RunFolder, run_arm
@@ -24,6 +24,7 @@ from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.evaluation.tables import markdown, print_tables
 
+PARTS = {"native": ARMS, "miniworld": FEW_ARMS, "real": FEW_ARMS}
 console = Console(width=None if sys.stdout.isatty() else 130)
 
 
@@ -42,7 +43,7 @@ def main(
     quieten()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runs = RunFolder(out / "runs")
-    arms = TRIES if tries else ARMS
+    arms = TRIES if tries else PARTS.get(part, ())
     if part == "native":
         carry_out(NativePart(), runs, seeds, arms, limit_seconds=60 * limit_minutes)
     elif part != "report":
@@ -52,7 +53,7 @@ def main(
     report(runs, out)
 
 
-def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm] = ARMS, *, limit_seconds: float) -> int:
+def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm], *, limit_seconds: float) -> int:
     """Seed by seed, so that what is there when time is over is paired. Returns how many runs were made."""
     due = [(seed, arm) for seed in range(seeds) for arm in arms if not runs.is_done(part, arm, seed)]
     began, made, task, task_seed, started = time.monotonic(), 0, None, None, None
@@ -79,16 +80,16 @@ def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm] = ARM
 def report(runs: RunFolder, out: Path) -> None:
     """Tables of every part with a complete seed, printed and written with the figures."""
     tables, figures = [], {}
-    for name in ("native", "miniworld", "real"):
-        seeds = complete(runs, name, ARMS)
+    for name, named in PARTS.items():
+        seeds = complete(runs, name, named)
         if seeds:
             figures[name] = analyse(
-                {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in ARMS}
+                {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in named}
             )
             tables += part_tables(name, figures[name])
         seeds = complete(runs, name, TRIES) & seeds
         if seeds:
-            beside = [arm for arm in ARMS if arm.name in ("base", "ce", "true")]
+            beside = [arm for arm in named if arm.name in ("base", "ce", "true")]
             arms = {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in (*beside, *TRIES)}
             figures[f"{name}_tries"] = analyse(arms)
             tables.append(tries_table(name, figures[f"{name}_tries"]))

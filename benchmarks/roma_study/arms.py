@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -45,6 +45,14 @@ ARMS = (
     Arm("mixing", pool="true", trials=tuple({"alpha": alpha} for alpha in (0.1, 0.3, 0.6, 1.0))),
 )
 
+
+def _twice(arm: Arm) -> Arm:
+    trials = tuple({"lr": 3e-3, "weight": weight} for weight in (0.3, 3.0)) if arm.trials == TRIALS else arm.trials[1:3]
+    return replace(arm, trials=trials)
+
+
+# Where a step costs more: the rivals alone, each with two trials instead of four.
+FEW_ARMS = tuple(_twice(arm) for arm in ARMS if arm.name not in ("true_stop", "dense", "mixing"))
 TRUE = {"regulariser": "neighbours"}
 # What might turn the method positive where it is not: explored after the arms above, never part of the claim.
 TRIES = (

@@ -5,6 +5,7 @@ N rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from mllm.errors import UserError
 from mllm.evaluate import stamp
 from mllm.evaluation.recipe import digest
 
-SIZES = Sizes()
+SIZES = Sizes(steps=60, batch_size=8, layers=3)
 HELD_OUT = {"miniworld": ("relation", "larger", "line", "place"), "real": ("vqa_rad", "fara_forms", "coco_mini")}
 
 
@@ -37,9 +38,9 @@ class LlavaPart:
     adapter: Path
     data: Path
     work: Path = Path("runs/roma_study_llava")
-    train: int = 2000
-    validation: int = 400
-    test: int = 3000
+    train: int = 1200
+    validation: int = 200
+    of_a_family: int = 120  # test rows, or as many as there are
     sizes: Sizes = SIZES
 
     def recipe(self) -> dict[str, Any]:
@@ -71,11 +72,15 @@ class LlavaPart:
         """Rows for seeds to draw from, twice as many as they take, and test rows."""
         train, test = (list(Source(self.data / f"{split}.json")) for split in ("train", "test"))
         drawn = np.random.default_rng(0).permutation(len(train))[: 2 * (self.train + self.validation)]
-        tested = [test[row] for row in np.random.default_rng(1).permutation(len(test))[: self.test]]
+        tested, taken = [], Counter()
+        for row in np.random.default_rng(1).permutation(len(test)):
+            if taken[self.family(test[row])] < self.of_a_family:
+                taken[self.family(test[row])] += 1
+                tested.append(test[row])
         missing = set(HELD_OUT[self.name]) - {self.family(row) for row in tested}
         if missing:
             names = ", ".join(sorted(missing))
-            raise UserError(f"{self.data}/test.json: no rows among {self.test} are of the held-out families {names}.")
+            raise UserError(f"{self.data}/test.json: no rows are of the held-out families {names}.")
         return [train[row] for row in drawn], tested
 
     @cached_property

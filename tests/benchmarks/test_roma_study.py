@@ -88,7 +88,7 @@ def test_a_study_goes_on_where_it_stopped_and_reports(part, task, tmp_path, monk
     assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 5
     assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 0
     assert command.carry_out(part, runs, 1, TRIES[:1], limit_seconds=1e9) == 1
-    monkeypatch.setattr(command, "ARMS", ARMS[:2])
+    monkeypatch.setitem(command.PARTS, "native", ARMS[:2])
     monkeypatch.setattr(command, "TRIES", TRIES[:1])
     command.report(runs, tmp_path)
     text = (tmp_path / "README.md").read_text()
