@@ -71,7 +71,9 @@ class ReportSection(Section):
     enabled: bool = True  # false: only the model is written
     batch_size: int = Field(8, gt=0)  # rows scored at once
     pictures: int = Field(12, ge=0)  # drawn from held-out captions, for the grid
-    guidance: float = Field(1.0, ge=1)  # classifier-free, for the grid
+    scored: int = Field(12, ge=0)  # drawn and read for the score; at least those of the grid
+    guidance: float = Field(1.0, ge=1)  # classifier-free
+    temperature: float = Field(1.0, ge=0)  # of drawing; 0 takes the most probable code
 
 
 class MomaStage(Section):

@@ -25,7 +25,7 @@ from mllm.moma.stream import DIRECTIONS, PackedRows, pack
 from mllm.provenance import provenance
 from train.check import SETTINGS
 from train.config import load_config
-from train.moma.config import MomaTrainConfig
+from train.moma.config import MomaTrainConfig, ReportSection
 from train.moma.data import captioned, held_out_documents
 from train.moma.image_tokenizer import grid
 from train.moma.model import MODEL
@@ -42,10 +42,11 @@ def write_report(folder: Path) -> dict:
         mode: held_out_losses(model, rows, processor, mode=mode, batch_size=config.report.batch_size)
         for mode in evaluation_modes(model)
     }
-    shown = list(islice(captioned(config.data, "test"), config.report.pictures))
+    wanted = max(config.report.pictures, config.report.scored) if config.report.pictures else 0
+    shown = list(islice(captioned(config.data, "test"), wanted))
     report = {"stage": config.stage, "losses": losses, "made": provenance()}
     if shown:
-        report["samples"] = sample(model, processor, shown, config.report.guidance, folder / "samples.png")
+        report["samples"] = sample(model, processor, shown, config.report, folder / "samples.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
     print_losses(losses)
@@ -64,19 +65,21 @@ def sample(
     model: MomaForCausalLM,
     processor: MomaProcessor,
     shown: list[tuple[Image.Image, str]],
-    guidance: float,
+    section: ReportSection,
     path: Path,
 ) -> dict:
     """Draws and describes; writes the grid: true pictures, the same through their codes, drawn from their captions.
 
-    Where captions are miniworld's, the reader scores what was drawn, and what the codes left of the true pictures.
+    Where captions are miniworld's, the reader scores all that was drawn, and what the codes left of the true pictures;
+    the grid and the descriptions are of the first ones.
     """
     pictures, captions = [list(column) for column in zip(*shown, strict=True)]
     tokenizer = processor.image_tokenizer
     through_codes = tokenizer.decode(tokenizer.encode(pictures))
-    drawn = draw(model, processor, captions, guidance=guidance)
-    grid([tokenizer.pictures(tokenizer.pixels(pictures)), through_codes, drawn]).save(path)
-    figures: dict = {"captions": captions, "described": describe(model, processor, pictures)}
+    drawn = draw(model, processor, captions, guidance=section.guidance, temperature=section.temperature)
+    first = slice(section.pictures)
+    grid([tokenizer.pictures(tokenizer.pixels(pictures[first])), through_codes[first], drawn[first]]).save(path)
+    figures: dict = {"captions": captions[first], "described": describe(model, processor, pictures[first])}
     if all(read_caption(caption) for caption in captions):
         figures |= {"drawn_right": read(drawn, captions), "reconstructed_right": read(through_codes, captions)}
     return figures
@@ -101,9 +104,10 @@ def as_markdown(report: dict) -> str:
     if samples := report.get("samples"):
         lines += ["", "![true, through codes, drawn from captions](samples.png)", ""]
         if "drawn_right" in samples:
+            drawn, kept = samples["drawn_right"], samples["reconstructed_right"]["share"]
             lines += [
-                f"Objects drawn as named: {samples['drawn_right']['share']:.0%} (true pictures through their codes: "
-                f"{samples['reconstructed_right']['share']:.0%}).",
+                f"Objects drawn as named: {drawn['share']:.0%} of {drawn['objects']} "
+                f"(true pictures through their codes: {kept:.0%}).",
                 "",
             ]
         pairs = zip(samples["captions"], samples["described"], strict=True)
