@@ -1,6 +1,7 @@
 """Does drawing routers to the routing of neighbours help (RoMA, 2511.07419), beyond tuning routers at all?
 
     python -m benchmarks.roma_study --part native                  # a small mixture of experts, learned here
+    python -m benchmarks.roma_study --part misrouted               # the same with its routers thrown off: a control
     python -m benchmarks.roma_study --part miniworld --adapter FOLDER --data FOLDER
     python -m benchmarks.roma_study --part real --base FOLDER --adapter FOLDER --data FOLDER
     python -m benchmarks.roma_study --part report                  # table and README from what is there

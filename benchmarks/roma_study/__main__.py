@@ -16,20 +16,23 @@ import typer
 from rich.console import Console
 
 from benchmarks.roma_study.analysis import WHERE, analyse
-from benchmarks.roma_study.arms import ARMS, FEW_ARMS, TRIES, Arm
+from benchmarks.roma_study.arms import ARMS, FEW_TRIALS, RIVALS, TRIES, Arm
 from benchmarks.roma_study.llava import LlavaPart
-from benchmarks.roma_study.native import NativePart
+from benchmarks.roma_study.native import MisroutedPart, NativePart
 from benchmarks.roma_study.runs import Part, RunFolder, run_arm
 from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.evaluation.tables import markdown, print_tables
 
-PARTS = {"native": ARMS, "miniworld": FEW_ARMS, "real": FEW_ARMS}
+PARTS = {"native": ARMS, "misrouted": RIVALS, "miniworld": FEW_TRIALS, "real": FEW_TRIALS}
+NATIVE = {"native": NativePart, "misrouted": MisroutedPart}
 console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def main(
-    part: Annotated[Literal["native", "miniworld", "real", "report"], typer.Option(help="Which, or just the report.")],
+    part: Annotated[
+        Literal["native", "misrouted", "miniworld", "real", "report"], typer.Option(help="Which, or just the report.")
+    ],
     base: Annotated[str, typer.Option(help="Base model of a LLaVA part.")] = "miniworld",
     adapter: Annotated[Path | None, typer.Option(help="Its trained MoLE adapter.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with train.json and test.json.")] = None,
@@ -44,8 +47,8 @@ def main(
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runs = RunFolder(out / "runs")
     arms = TRIES if tries else PARTS.get(part, ())
-    if part == "native":
-        carry_out(NativePart(), runs, seeds, arms, limit_seconds=60 * limit_minutes)
+    if part in NATIVE:
+        carry_out(NATIVE[part](), runs, seeds, arms, limit_seconds=60 * limit_minutes)
     elif part != "report":
         if adapter is None or data is None:
             raise typer.BadParameter(f"--part {part} needs --adapter and --data.")

@@ -51,8 +51,8 @@ def _twice(arm: Arm) -> Arm:
     return replace(arm, trials=trials)
 
 
-# Where a step costs more: the rivals alone, each with two trials instead of four.
-FEW_ARMS = tuple(_twice(arm) for arm in ARMS if arm.name not in ("true_stop", "dense", "mixing"))
+RIVALS = tuple(arm for arm in ARMS if arm.name not in ("true_stop", "dense", "mixing"))
+FEW_TRIALS = tuple(_twice(arm) for arm in RIVALS)  # where a step costs more: two trials instead of four
 TRUE = {"regulariser": "neighbours"}
 # What might turn the method positive where it is not: explored after the arms above, never part of the claim.
 TRIES = (

@@ -1,6 +1,6 @@
 """The study of router alignment, small: arms run, undo themselves, resume, and are compared seed by seed."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from benchmarks.roma_study import __main__ as command
 from benchmarks.roma_study.analysis import analyse, discordant_p, means, paired
 from benchmarks.roma_study.arms import ARMS, TRIES
 from benchmarks.roma_study.lora import SmallLora
-from benchmarks.roma_study.native import FAMILIES, HELD_OUT, NativePart, questions
+from benchmarks.roma_study.native import FAMILIES, HELD_OUT, MisroutedPart, NativePart, questions
 from benchmarks.roma_study.runs import RunFolder, Sizes, _weighed_by_family, run_arm
 from mllm.alignment import nearest, routed_layers
 
@@ -36,12 +36,20 @@ def test_held_out_families_are_tested_on_and_never_trained_on(task):
     assert not set(task.test) & ({*task.train} | {*task.validation})
 
 
-def test_a_question_is_answered_by_its_familys_rule():
-    rows = questions(["largest", "count_even"], np.random.default_rng(0))
+def test_a_question_is_answered_by_its_familys_table():
+    rows = questions(["digits_01_0", "digits_12_3"], np.random.default_rng(0))
     for ids, labels, family in zip(rows.ids, rows.labels, rows.domains, strict=True):
-        digits = np.array(ids[1:6]) - 3
-        assert ids[7] == 3 + FAMILIES[family](digits)
-        assert (labels != -100).tolist() == [False] * 7 + [True] * 2
+        (one, other), answers = FAMILIES[family]
+        digits = np.array(ids[1:4]) - 3
+        assert ids[5] == 3 + answers[digits[one], digits[other]]
+        assert (labels != -100).tolist() == [False] * 5 + [True] * 2
+
+
+def test_the_misrouted_control_differs_in_aligned_routers_alone(part):
+    same = {each.name: getattr(part, each.name) for each in fields(NativePart)}
+    sound, thrown = part._model(0).state_dict(), MisroutedPart(**same)._model(0).state_dict()
+    changed = {name for name, weight in sound.items() if not torch.equal(weight, thrown[name])}
+    assert changed == {name for name in sound if name.endswith("gate.weight")}
 
 
 @pytest.mark.parametrize(
@@ -64,12 +72,14 @@ def test_every_arm_runs_and_leaves_the_model_as_it_was(task, part, arm):
 def test_by_family_rows_weigh_as_their_family_fails_and_one_on_average(task):
     families = np.array([task.family_N[row] for row in task.train])
     succeeded_N = torch.ones(len(task.family_N), dtype=torch.bool)
-    failing = [row for row, family in zip(task.train, families, strict=True) if family == "first"]
+    failing = [row for row, family in zip(task.train, families, strict=True) if family == "digits_01_0"]
     succeeded_N[failing] = False
     young = replace(task, succeeded_N=succeeded_N)
     found = nearest(task.embeddings_NM, k=2)
     weighed = _weighed_by_family(young, found).weights_NK.sum(1)[list(task.train)]
-    assert weighed[torch.from_numpy(families == "first")].tolist() == pytest.approx([48 / len(failing)] * len(failing))
+    assert weighed[torch.from_numpy(families == "digits_01_0")].tolist() == pytest.approx(
+        [48 / len(failing)] * len(failing)
+    )
     assert weighed.mean() == pytest.approx(1, rel=1e-5)
 
 
