@@ -108,7 +108,7 @@ class AlignSection(Section):
     layers: int | list[int] = 5  # the last so many decoder layers (all, where they are fewer), or their numbers from 0
     token: Literal["last", "first", "middle", "last3", "mean"] = "last"  # of the prompt: whose routing is compared
     space: Literal["probs", "logits"] = "probs"
-    regulariser: Literal["none", "neighbours", "initial", "entropy"] = "neighbours"
+    regulariser: Literal["none", "neighbours", "contrast", "initial", "entropy"] = "neighbours"
     weight: float | list[float] = 1.0  # λ; 1 weighs as much as the answers at the start; of a list validation chooses
     weight_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which λ rises from 0
     targets: Literal["live", "stop", "table", "detached_both"] = "live"  # whose vectors get gradients

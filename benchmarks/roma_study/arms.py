@@ -69,7 +69,9 @@ TRIES = (
     Arm(
         "gentle", TRUE, "true", tuple({"lr": rate, "weight": weight} for rate in (1e-3, 3e-3) for weight in (0.03, 0.1))
     ),
+    Arm("contrast", {"regulariser": "contrast"}, "true"),
+    Arm("contrast_random", {"regulariser": "contrast"}, "random"),
     Arm("dense_true", TRUE | {"dense_gradient": True}, "true"),
-    Arm("long_ce", CE, trials=ONLY_RATES, steps=600),
-    Arm("long_true", TRUE, "true", steps=600),
+    Arm("long_ce", CE, trials=ONLY_RATES, steps=300),
+    Arm("long_true", TRUE, "true", steps=300),
 )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mllm.alignment.data import AlignmentData
 from mllm.alignment.dense import dense_gradient
-from mllm.alignment.loss import REGULARISERS, TARGETS, entropy_loss, initial_loss, neighbour_loss
+from mllm.alignment.loss import REGULARISERS, TARGETS, contrast_loss, entropy_loss, initial_loss, neighbour_loss
 from mllm.alignment.neighbours import Neighbours
 from mllm.alignment.routes import (
     SPACES,
@@ -77,7 +77,7 @@ class AlignSettings:
     @property
     def needs_neighbours(self) -> bool:
         """Whether the loss reads neighbours at all."""
-        return self.regulariser == "neighbours" and self.weight > 0
+        return self.regulariser in ("neighbours", "contrast") and self.weight > 0
 
 
 class NeighbourBatch(NamedTuple):
@@ -196,7 +196,8 @@ class Aligner(nn.Module):
         if self.settings.targets == "detached_both":
             r_BR = r_BR.detach()
         places_BK, weights_BK = (each.to(r_BR.device) for each in batch.neighbours[-2:])
-        return neighbour_loss(r_BR=r_BR, r_BKR=r_UR[places_BK], weights_BK=weights_BK)
+        measure = contrast_loss if self.settings.regulariser == "contrast" else neighbour_loss
+        return measure(r_BR=r_BR, r_BKR=r_UR[places_BK], weights_BK=weights_BK)
 
     def _vectors(self, inputs: dict[str, Any], labels_BS: Tensor, space: str | None = None) -> Tensor:
         context = routing_context(self.model)
@@ -221,7 +222,7 @@ class Aligner(nn.Module):
         losses = [self(batch) for batch in batches]
         answers, regulariser = (sum(getattr(each, name).item() for each in losses) / len(losses)
                                 for name in ("answer_loss", "regulariser"))  # fmt: skip
-        if self.settings.regulariser in ("neighbours", "entropy") and self.settings.weight > 0:
+        if self.settings.regulariser not in ("none", "initial") and self.settings.weight > 0:
             if regulariser < 1e-12:
                 raise UserError("The regulariser is 0 at the start: neighbours are routed exactly alike already.")
             self.scale = answers / regulariser

@@ -18,6 +18,7 @@ from torch import Tensor
 REGULARISERS = {
     "none": "the answers' loss alone",
     "neighbours": "Σ_i Σ_j W_ij ‖r_i - r_j‖², routing vectors drawn to those of successful neighbours (RoMA)",
+    "contrast": "the same over the mean ‖r_i - r_k‖² of the batch's rows: no gain by routing all alike (ours)",
     "initial": "‖W - W₀‖² / ‖W₀‖², routers kept near where they began",
     "entropy": "the routers' entropy at the chosen token, made small",
 }
@@ -33,6 +34,18 @@ def neighbour_loss(*, r_BR: Tensor, r_BKR: Tensor, weights_BK: Tensor) -> Tensor
     """Mean over i of Σ_j W_ij ‖r_i - r_j‖². A neighbour that is not there weighs 0."""
     squared_BK = (r_BR[:, None] - r_BKR).square().sum(-1)
     return (weights_BK * squared_BK).sum(1).mean()
+
+
+def contrast_loss(*, r_BR: Tensor, r_BKR: Tensor, weights_BK: Tensor) -> Tensor:
+    """`neighbour_loss` over the mean squared distance of two different rows of the batch.
+
+    The distance to neighbours alone is least where a router sends every sample the same way; this quotient is about 1
+    there, and small only where neighbours are nearer than others. A batch of one row has nothing to compare: 0.
+    """
+    if len(r_BR) < 2:
+        return r_BR.sum() * 0
+    spread = 2 * r_BR.var(0).sum()  # the mean over pairs of different rows
+    return neighbour_loss(r_BR=r_BR, r_BKR=r_BKR, weights_BK=weights_BK) / spread.clamp(min=1e-12)
 
 
 def entropy_loss(r_BR: Tensor, sizes_L: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mllm.alignment.loss import entropy_loss, initial_loss, neighbour_loss
+from mllm.alignment.loss import contrast_loss, entropy_loss, initial_loss, neighbour_loss
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -20,6 +20,21 @@ def test_neighbour_loss_is_its_definition_in_a_loop():
 def test_neighbour_loss_has_the_gradient_of_finite_differences_in_both_vectors():
     r, others, weights = drawn(3, 4).requires_grad_(), drawn(3, 2, 4).requires_grad_(), drawn(3, 2)
     assert gradcheck(lambda a, b: neighbour_loss(r_BR=a, r_BKR=b, weights_BK=weights), (r, others))
+
+
+def test_contrast_is_the_quotient_of_distances_and_of_its_gradient_are_finite_differences():
+    r, others, weights = drawn(4, 6).requires_grad_(), drawn(4, 3, 6).requires_grad_(), drawn(4, 3)
+    pairs = [((r[i] - r[k]) ** 2).sum() for i in range(4) for k in range(4) if i != k]
+    wanted = neighbour_loss(r_BR=r, r_BKR=others, weights_BK=weights) / (sum(pairs) / len(pairs))
+    torch.testing.assert_close(contrast_loss(r_BR=r, r_BKR=others, weights_BK=weights), wanted)
+    assert gradcheck(lambda a, b: contrast_loss(r_BR=a, r_BKR=b, weights_BK=weights), (r, others))
+
+
+def test_contrast_gains_nothing_where_all_vectors_shrink_together():
+    r, others, weights = drawn(4, 6), drawn(4, 3, 6), drawn(4, 3)
+    whole, half = (contrast_loss(r_BR=s * r, r_BKR=s * others, weights_BK=weights) for s in (1.0, 0.5))
+    torch.testing.assert_close(whole, half)
+    assert contrast_loss(r_BR=r[:1], r_BKR=others[:1], weights_BK=weights[:1]) == 0
 
 
 def test_entropy_and_distance_have_the_gradient_of_finite_differences():
