@@ -14,16 +14,14 @@ class Arm:
     """`settings` are fields of AlignSettings; `pool` says who are neighbours: "true" (the nearest that succeeded),
     "random" (others that succeeded, same weights), "any" (the nearest, successful or not), or "" (none needed).
 
-    `neighbours` and `steps` stand for those of the part's sizes, where they are not 0. `refresh`: who succeeds is asked
-    anew each epoch. `by_family`: λ of a row is in proportion to how much of its family fails, 1 on average.
+    `refresh`: who succeeds is asked anew each epoch. `by_family`: λ of a row is in proportion to how much of its family
+    fails, 1 on average.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     pool: str = ""
     trials: tuple[dict[str, float], ...] = TRIALS
-    neighbours: int = 0
-    steps: int = 0
     refresh: bool = False
     by_family: bool = False
 
@@ -57,21 +55,15 @@ TRUE = {"regulariser": "neighbours"}
 # What might turn the method positive where it is not: explored after the arms above, never part of the claim.
 TRIES = (
     Arm("token_first", TRUE | {"token": "first"}, "true"),
-    Arm("token_mean", TRUE | {"token": "mean"}, "true"),
     Arm("layers_1", TRUE | {"layers": 1}, "true"),
-    Arm("layers_3", TRUE | {"layers": 3}, "true"),
     Arm("logits", TRUE | {"space": "logits"}, "true"),
     Arm("table", TRUE | {"targets": "table"}, "true"),
     Arm("rising", TRUE | {"weight_warmup": 0.5}, "true"),
     Arm("refresh", TRUE, "true", refresh=True),
     Arm("by_family", TRUE, "true", by_family=True),
-    Arm("eight", TRUE, "true", neighbours=8),
     Arm(
         "gentle", TRUE, "true", tuple({"lr": rate, "weight": weight} for rate in (1e-3, 3e-3) for weight in (0.03, 0.1))
     ),
     Arm("contrast", {"regulariser": "contrast"}, "true"),
     Arm("contrast_random", {"regulariser": "contrast"}, "random"),
-    Arm("dense_true", TRUE | {"dense_gradient": True}, "true"),
-    Arm("long_ce", CE, trials=ONLY_RATES, steps=300),
-    Arm("long_true", TRUE, "true", steps=300),
 )

@@ -92,8 +92,6 @@ class Measured:
 
 def run_arm(task: Task, arm: Arm, sizes: Sizes, seed: int) -> Measured:
     """The model is afterwards as it was before."""
-    if arm.neighbours or arm.steps:
-        sizes = replace(sizes, neighbours=arm.neighbours or sizes.neighbours, steps=arm.steps or sizes.steps)
     aligner = Aligner(task.model, _settings(arm, sizes, {}))
     neighbours = _neighbours(task, arm.pool or "true", sizes, seed)
     if arm.by_family:
@@ -227,6 +225,6 @@ class RunFolder:
 
 def digest(part: Part, arm: Arm, seed: int) -> str:
     """A short name of the recipe."""
-    asked = {key: value for key, value in asdict(arm).items() if value not in (0, False)}
+    asked = {key: value for key, value in asdict(arm).items() if value is not False}
     recipe = json.dumps([part.recipe(), asdict(part.sizes), asked, seed], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]
