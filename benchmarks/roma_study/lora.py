@@ -42,16 +42,20 @@ class SmallLora:
             for name, module in decoder_layers(model)[depth].named_modules()
             if isinstance(module, nn.Linear) and "attn" in name
         ]
-        self.ranks, self.hooks = [], []
+        self.linears, self.ranks, self.hooks = [], [], []
         while not self.ranks or self.num_weights < weights:
-            linear = linears[len(self.ranks) % len(linears)]
-            self.ranks.append(LowRank(linear.in_features, linear.out_features))
-            self.hooks.append(linear.register_forward_hook(self.ranks[-1]))
+            self.linears.append(linears[len(self.ranks) % len(linears)])
+            self.ranks.append(LowRank(self.linears[-1].in_features, self.linears[-1].out_features))
+        self.attach()
 
     @property
     def num_weights(self) -> int:
         """Trained weights."""
         return sum(p.numel() for rank in self.ranks for p in rank.parameters())
+
+    def attach(self) -> None:
+        """Puts it on the model."""
+        self.hooks = [linear.register_forward_hook(rank) for linear, rank in zip(self.linears, self.ranks, strict=True)]
 
     def remove(self) -> None:
         """Takes it off the model."""

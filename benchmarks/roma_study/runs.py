@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ SCORED_AT_ONCE = 128  # rows
 class Task:
     """A model and its rows, numbered through. `family_N` names each row's; `held_out` are families not trained on.
 
-    `embeddings_NM` are the base's, centred by the training rows; `succeeded_N` who is answered correctly before.
+    `embeddings_NM` are the base's, centred by the training rows; `succeeded_N` who is answered correctly before;
+    `before` keeps routing vectors before anything is learned, by the layers looked at.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Task:
     held_out: tuple[str, ...]
     embeddings_NM: Tensor
     succeeded_N: Tensor
+    before: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,33 +94,43 @@ class Measured:
 
 
 def run_arm(task: Task, arm: Arm, sizes: Sizes, seed: int) -> Measured:
-    """The model is afterwards as it was before."""
+    """The model is afterwards as it was before. Only the trial that validation chose is tested."""
     aligner = Aligner(task.model, _settings(arm, sizes, {}))
     neighbours = _neighbours(task, arm.pool or "true", sizes, seed)
     if arm.by_family:
         neighbours = _weighed_by_family(task, neighbours)
-    before_NR = _vectors(task, aligner)
-    best: tuple[float, dict[str, float], Scores, dict[str, float]] | None = None
+    before_NR = _vectors_before(task, aligner)
+    best: tuple[float, dict[str, float], Learned] | None = None
     for trial in arm.trials or ({},):
-        around, undo = _learn(task, arm, aligner, neighbours, sizes, seed, trial, before_NR)
-        validated = score(task.model, task.data, task.validation, batch_size=SCORED_AT_ONCE, around=around)
+        learned = _learn(task, arm, aligner, neighbours, sizes, seed, trial, before_NR)
+        validated = score(task.model, task.data, task.validation, batch_size=SCORED_AT_ONCE, around=learned.around)
         loss = validated.loss_N.mean().item()
+        learned.undo()
         if best is None or loss < best[0]:
-            tested = score(task.model, task.data, task.test, batch_size=SCORED_AT_ONCE, around=around)
-            after_NR = _vectors(task, aligner)
-            true = neighbours if arm.pool == "true" else _neighbours(task, "true", sizes, seed)
-            figures = {f"{when}/{key}": value for when, table in (("before", before_NR), ("after", after_NR))
-                       for key, value in consistency(table, true, task.test).items()}  # fmt: skip
-            best = loss, trial, tested, figures
-        undo()
-    loss, trial, tested, figures = best
+            best = loss, trial, learned
+    loss, trial, learned = best
+    learned.redo()
+    tested = score(task.model, task.data, task.test, batch_size=SCORED_AT_ONCE, around=learned.around)
+    after_NR = before_NR if arm.name == "base" else _vectors(task, aligner)
+    learned.undo()
+    true = neighbours if arm.pool == "true" else _neighbours(task, "true", sizes, seed)
+    figures = {f"{when}/{key}": value for when, table in (("before", before_NR), ("after", after_NR))
+               for key, value in consistency(table, true, task.test).items()}  # fmt: skip
     figures |= {"validation_loss": loss, "weights": sum(p.numel() for p in aligner.trained().values())}
     return Measured(figures, trial, tested)
 
 
+def _vectors_before(task: Task, aligner: Aligner) -> Tensor:
+    """Routing before anything is learned: the same for all arms of a task that look at the same layers."""
+    key = tuple(aligner.names)
+    if key not in task.before:
+        task.before[key] = _vectors(task, aligner)
+    return task.before[key]
+
+
 def _vectors(task: Task, aligner: Aligner) -> Tensor:
     """Routing of every row, 0 for those that nobody looks at."""
-    rows = [*task.train, *task.validation, *task.test]
+    rows = [*task.train, *task.test]
     asked_MR = sample_vectors(task.model, task.data, aligner.layers, rows, batch_size=SCORED_AT_ONCE)
     return asked_MR.new_zeros(len(task.data), asked_MR.shape[1]).index_copy(0, torch.tensor(rows), asked_MR)
 
@@ -132,21 +145,31 @@ def _neighbours(task: Task, pool: str, sizes: Sizes, seed: int) -> Neighbours:
     return found.shuffled(candidates_N, torch.Generator().manual_seed(seed)) if pool == "random" else found
 
 
+class Learned(NamedTuple):
+    """A trial: what its scoring is done within, how to undo it, and how to have it again."""
+
+    around: Callable[..., AbstractContextManager] | None = None
+    undo: Callable[[], Any] = lambda: None
+    redo: Callable[[], Any] = lambda: None
+
+
 def _learn(
     task: Task, arm: Arm, aligner: Aligner, neighbours: Neighbours, sizes: Sizes, seed: int, trial: dict[str, float],
     before_NR: Tensor,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Trains the trial; returns what its scoring is done within, and how to undo it."""
+) -> Learned:  # fmt: skip
+    """Trains the trial; the model holds it."""
     common = {"rows": task.train, "steps": sizes.steps, "batch_size": sizes.batch_size, "seed": seed}
     if arm.name == "base":
-        return None, lambda: None
+        return Learned()
     if arm.name == "mixing":
         targets_NR = neighbours_mean(neighbours, before_NR)
-        sizes_L = vector_sizes(task.model, aligner.layers)
-        return mixing(aligner.layers, targets_NR, sizes_L, alpha=trial["alpha"]), lambda: None
+        return Learned(
+            mixing(aligner.layers, targets_NR, vector_sizes(task.model, aligner.layers), alpha=trial["alpha"])
+        )
     if arm.name == "lora":
         weights = sum(p.numel() for p in aligner.trained().values())
-        return None, train_lora(task.model, task.data, aligner.layers, weights, lr=trial["lr"], **common).remove
+        lora = train_lora(task.model, task.data, aligner.layers, weights, lr=trial["lr"], **common)
+        return Learned(undo=lora.remove, redo=lora.attach)
 
     def refreshed(_: Aligner, epoch: int) -> Neighbours:
         succeeded_N = task.succeeded_N.clone()
@@ -156,7 +179,8 @@ def _learn(
     refresh = refreshed if arm.refresh else None
     settings = _settings(arm, sizes, trial)
     align_routers(task.model, task.data, settings, neighbours=neighbours, lr=trial["lr"], refresh=refresh, **common)
-    return None, lambda: aligner.set_weights(aligner.initial)
+    found = aligner.weights()
+    return Learned(undo=lambda: aligner.set_weights(aligner.initial), redo=lambda: aligner.set_weights(found))
 
 
 def _settings(arm: Arm, sizes: Sizes, trial: dict[str, float]) -> AlignSettings:
