@@ -23,6 +23,7 @@ from benchmarks.roma_study.runs import Part, RunFolder, run_arm
 from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.evaluation.tables import markdown, print_tables
+from train.kept import claimed
 
 PARTS = {"native": ARMS, "misrouted": RIVALS, "miniworld": FEW_TRIALS, "real": FEW_TRIALS}
 NATIVE = {"native": NativePart, "misrouted": MisroutedPart}
@@ -57,26 +58,28 @@ def main(
 
 
 def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm], *, limit_seconds: float) -> int:
-    """Seed by seed, so that what is there when time is over is paired. Returns how many runs were made."""
-    due = [(seed, arm) for seed in range(seeds) for arm in arms if not runs.is_done(part, arm, seed)]
-    began, made, task, task_seed, started = time.monotonic(), 0, None, None, None
-    for seed, arm in due:
-        now = time.monotonic()
-        if started is not None and now - began + (now - started) / max(made, 1) > limit_seconds:
-            console.print(f"Time is over with {len(due) - made} runs left; the same command goes on with them.")
-            break
-        if seed != task_seed:
-            task, task_seed = part.task(seed), seed
-        started, clock = started or time.monotonic(), time.process_time()
-        measured = run_arm(task, arm, part.sizes, seed)
-        runs.keep(part, arm, seed, task, measured, time.process_time() - clock)
-        made += 1
-        rate = (time.monotonic() - started) / made
-        right = measured.scores.exact_N.double().mean().item()
-        console.print(
-            f"{part.name} {arm.name} seed {seed}: right {100 * right:.2f} %, trial {measured.trial}; "
-            f"{rate:.0f} s a run, {(len(due) - made) * rate / 60:.0f} min to go"
-        )
+    """Seed by seed, so that what is there when time is over is paired; seeds that another process is at are left to it.
+
+    Returns how many runs were made.
+    """
+    began, made = time.monotonic(), 0
+    for seed in range(seeds):
+        with claimed(runs.folder / f"{part.name}-s{seed}.lock") as mine:
+            due = [arm for arm in arms if mine and not runs.is_done(part, arm, seed)]
+            task = part.task(seed) if due else None
+            for left, arm in zip(range(len(due), 0, -1), due, strict=True):
+                started, clock = time.monotonic(), time.process_time()
+                if made and started - began + (started - began) / made > limit_seconds:
+                    console.print(f"Time is over with {left} runs of seed {seed} left; the same command goes on.")
+                    return made
+                measured = run_arm(task, arm, part.sizes, seed)
+                runs.keep(part, arm, seed, task, measured, time.process_time() - clock)
+                made += 1
+                right = measured.scores.exact_N.double().mean().item()
+                console.print(
+                    f"{part.name} {arm.name} seed {seed}: right {100 * right:.2f} %, trial {measured.trial}; "
+                    f"{time.monotonic() - started:.0f} s, {left - 1} left of this seed"
+                )
     return made
 
 

@@ -24,6 +24,7 @@ from mllm.data.sources import Source
 from mllm.errors import UserError
 from mllm.evaluate import stamp
 from mllm.evaluation.recipe import digest
+from train.kept import claimed
 
 SIZES = Sizes(steps=60, batch_size=8, layers=3)
 HELD_OUT = {"miniworld": ("relation", "larger", "line", "place"), "real": ("vqa_rad", "fara_forms", "coco_mini")}
@@ -90,7 +91,8 @@ class LlavaPart:
         key = digest([self.recipe(), self.sizes.layers])
         folder = self.work / f"{self.name}-{key}"
         first = routed_layers(model, self.sizes.layers)[0].depth
-        cache_states(model, whole, folder, first_layer=first, batch_size=32, stamp=key)
+        with claimed(self.work / f"{key}.lock", wait=True):
+            cache_states(model, whole, folder, first_layer=first, batch_size=32, stamp=key)
         data, kept = CachedStates(folder, pad_token_id=processor.tokenizer.pad_token_id), folder / "rows.safetensors"
         if not kept.is_file():
             succeeded_N = score(model, data).exact_N

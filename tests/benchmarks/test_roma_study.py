@@ -13,6 +13,7 @@ from benchmarks.roma_study.lora import SmallLora
 from benchmarks.roma_study.native import FAMILIES, HELD_OUT, MisroutedPart, NativePart, questions
 from benchmarks.roma_study.runs import RunFolder, Sizes, _weighed_by_family, run_arm
 from mllm.alignment import nearest, routed_layers
+from train.kept import claimed
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,8 @@ def test_a_study_goes_on_where_it_stopped_and_reports(part, task, tmp_path, monk
     assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e-9) == 1
     assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 5
     assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 0
+    with claimed(runs.folder / "native-s0.lock"):
+        assert command.carry_out(part, runs, 1, TRIES[:1], limit_seconds=1e9) == 0
     assert command.carry_out(part, runs, 1, TRIES[:1], limit_seconds=1e9) == 1
     monkeypatch.setitem(command.PARTS, "native", ARMS[:2])
     monkeypatch.setattr(command, "TRIES", TRIES[:1])
