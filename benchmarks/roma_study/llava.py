@@ -5,6 +5,7 @@ N rows.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +23,6 @@ from mllm.build import load, resolve
 from mllm.data.conversation import Conversation
 from mllm.data.sources import Source
 from mllm.errors import UserError
-from mllm.evaluate import stamp
 from mllm.evaluation.recipe import digest
 from train.kept import claimed
 
@@ -45,9 +45,9 @@ class LlavaPart:
     sizes: Sizes = SIZES
 
     def recipe(self) -> dict[str, Any]:
-        """Sizes, and model and rows by their stamps."""
+        """Sizes, and model and rows by what their files hold."""
         sizes = {key: value for key, value in asdict(self).items() if isinstance(value, int)}
-        return sizes | {"model": stamp(resolve(self.base), self.adapter), "rows": stamp(self.data)}
+        return sizes | {"model": contents(resolve(self.base), self.adapter), "rows": contents(self.data)}
 
     def family(self, row: Conversation) -> str:
         """Kind of question, or the source where rows name none."""
@@ -99,3 +99,11 @@ class LlavaPart:
             save_file({"embeddings": base_embeddings(model, whole, batch_size=32), "succeeded": succeeded_N}, kept)
         tensors = load_file(kept)
         return model, data, tensors["embeddings"], tensors["succeeded"]
+
+
+def contents(*folders: str | Path) -> str:
+    """A short name of what the files of these folders hold, wherever and since whenever they lie there."""
+    name = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("*")) if path.is_file()):
+        name.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return name.hexdigest()[:12]

@@ -9,6 +9,7 @@ import torch
 from benchmarks.roma_study import __main__ as command
 from benchmarks.roma_study.analysis import analyse, discordant_p, means, paired
 from benchmarks.roma_study.arms import ARMS, TRIES
+from benchmarks.roma_study.llava import contents
 from benchmarks.roma_study.lora import SmallLora
 from benchmarks.roma_study.native import FAMILIES, HELD_OUT, MisroutedPart, NativePart, questions
 from benchmarks.roma_study.runs import RunFolder, Sizes, _weighed_by_family, run_arm
@@ -107,6 +108,13 @@ def test_a_study_goes_on_where_it_stopped_and_reports(part, task, tmp_path, monk
     assert "Part native, 2 seeds" in text
     assert "Part native, 1 seeds: tries" in text
     assert "| token_first |" in text
+
+
+def test_the_same_files_in_another_place_are_the_same_model(tmp_path):
+    for folder, text in (("one", "weights"), ("copy", "weights"), ("other", "weight")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter.safetensors").write_text(text)
+    assert contents(tmp_path / "one") == contents(tmp_path / "copy") != contents(tmp_path / "other")
 
 
 def rows(right: list[int], held_out: list[int]) -> dict[str, np.ndarray]:
