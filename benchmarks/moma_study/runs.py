@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class Study:
     """A scale, its data, and the folder that keeps runs."""
 
     def __init__(
-        self, scale_name: str, tokenizer: Path, out: Path, captions: list[Path] = (), image_root: Path | None = None
+        self, scale_name: str, tokenizer: Path, out: Path, captions: Sequence[Path] = (), image_root: Path | None = None
     ) -> None:
         """Raises UserError for a folder without a tokenizer, and for a scale without pictures."""
         self.scale, self.folder = SCALES[scale_name], out / scale_name
@@ -58,7 +58,7 @@ class Study:
             held_out=self.scale.held_out,
             length=self.scale.length,
             rows=self.scale.steps * self.scale.batch_rows,
-            captions=captions,
+            captions=list(captions),
             image_root=image_root,
             cache=Path("runs/moma_study/rows"),
         )

@@ -44,13 +44,13 @@ ARMS = (
 )
 
 
-def _twice(arm: Arm) -> Arm:
+def _with_two_trials(arm: Arm) -> Arm:
     trials = tuple({"lr": 3e-3, "weight": weight} for weight in (0.3, 3.0)) if arm.trials == TRIALS else arm.trials[1:3]
     return replace(arm, trials=trials)
 
 
 RIVALS = tuple(arm for arm in ARMS if arm.name not in ("true_stop", "dense", "mixing"))
-FEW_TRIALS = tuple(_twice(arm) for arm in RIVALS)  # where a step costs more: two trials instead of four
+FEW_TRIALS = tuple(_with_two_trials(arm) for arm in RIVALS)  # where a step costs more: two trials instead of four
 TRUE = {"regulariser": "neighbours"}
 # What might turn the method positive where it is not: explored after the arms above, never part of the claim.
 TRIES = (
