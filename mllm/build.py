@@ -39,6 +39,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.errors import UserError
+from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
 
 IMAGE_TOKEN = "<image>"
@@ -147,7 +148,7 @@ def load(
     Args:
         path: a folder written by `save_pretrained` (ours or llava-hf's), a hub id, or "miniworld", which comes with us.
         adapter: a PEFT adapter folder, or one that holds just a trained projector (`projector.safetensors`).
-        dtype: by default the one it was saved in.
+        dtype: by default the one it was saved in, or float32 on a CPU that has no instructions for that.
         device: where to; "auto" spreads the model over all devices there are.
         is_trainable: whether the adapter's weights shall go on training.
 
@@ -480,6 +481,8 @@ def _load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"The checkpoint {path} lacks {len(missing)} weights, the first being {missing[0]}.")
+    if dtype is None and model.dtype != suitable(model.dtype):
+        model = model.to(suitable(model.dtype))
     return model.eval()
 
 

@@ -18,6 +18,7 @@ from mllm.build import resolve
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
 from mllm.data.images import open_image
 from mllm.errors import UserError
+from mllm.precision import suitable
 
 _MEAN_COLOUR = (0.5, 0.5, 0.5)  # where an image processor tells none
 
@@ -47,6 +48,8 @@ def load_peer(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"Could not read the vision-language model {path}: {_first_line(error)}") from error
+    if model.dtype != suitable(model.dtype):
+        model = model.to(suitable(model.dtype))
     if model.config.is_encoder_decoder:
         raise UserError(f"{path} is an encoder-decoder ({model.config.model_type}); only decoders can be asked here.")
     if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mllm.errors import UserError
+from mllm.precision import has_bf16
 
 
 class Section(BaseModel):
@@ -21,6 +22,12 @@ class Section(BaseModel):
 
 
 Config = TypeVar("Config", bound=Section)
+Dtype = Literal["bf16", "fp32"]
+
+
+def usual_dtype() -> Dtype:
+    """bf16, or fp32 on a CPU that has no instructions for bf16."""
+    return "bf16" if has_bf16() else "fp32"
 
 
 class ModelSection(Section):
@@ -33,7 +40,8 @@ class ModelSection(Section):
     )
     train_projector: bool = True  # false keeps the projector frozen in stage instruct; stage align always trains it
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen base and of computation; trained weights are always fp32
+    # of the frozen base and of computation, trained weights are always fp32; default bf16 where the machine computes it
+    dtype: Dtype = Field(default_factory=usual_dtype)
 
 
 class DataSection(Section):

@@ -47,6 +47,7 @@ from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Turn
 from mllm.data.template import IGNORED, ConversationEncoder
 from mllm.evaluate import evaluate_arms
+from mllm.precision import has_bf16
 from mllm.provenance import provenance
 
 ASSETS, WORK = Path("mllm/assets/miniworld"), Path("runs/miniworld_base")
@@ -234,7 +235,7 @@ def train_tower(clip: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, stage:
             [scene.caption + tokenizer.eos_token for scene, _ in scenes],
             padding="max_length", max_length=TEXT["context_length"], padding_side="right", return_tensors="pt",
         )["input_ids"]  # fmt: skip
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             image, words, scale = clip(pixels([scene.paint(rng) for scene, rng in scenes]), captions)
         return contrast(image.float(), words.float(), scale)
 
@@ -286,7 +287,10 @@ class SceneBatches:
 
 
 def train_llava(model: LlavaForConditionalGeneration, batches: SceneBatches, name: str) -> None:
-    """A stage after the tower's: what is trained learns the supervised tokens. bfloat16 products, fp32 weights."""
+    """A stage after the tower's: what is trained learns the supervised tokens, in bfloat16 products with fp32 weights.
+
+    A CPU without instructions for bfloat16 multiplies in fp32.
+    """
 
     model.train()
     model.model.vision_tower.requires_grad_(batches.stage.trains_tower)
@@ -297,7 +301,7 @@ def train_llava(model: LlavaForConditionalGeneration, batches: SceneBatches, nam
         inputs = batches(start, batch)
         targets = inputs.pop("labels")[:, 1:]
         asked = targets != IGNORED
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()), sdpa_kernel(SDPBackend.MATH):
             states = model.model(**inputs).last_hidden_state[:, :-1][asked]
             logits = model.lm_head(states)  # only where something is supervised: most positions are the picture's
         return nn.functional.cross_entropy(logits.float(), targets[asked])

@@ -1,12 +1,12 @@
 """Settings of a conflict study: one regime, all arms. YAML and overrides as `train.config` reads them."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from mllm.errors import UserError
-from train.config import OptimSection, Section, read_config, suggest
+from train.config import Dtype, OptimSection, Section, read_config, suggest, usual_dtype
 from train.conflict.arms import ARMS, GROUPS, Arm, own_arm
 
 
@@ -14,7 +14,7 @@ class BaseSection(Section):
     """The frozen base that every arm starts from."""
 
     path: str = "miniworld"  # a llava folder, a hub id, or "miniworld"
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Dtype = Field(default_factory=usual_dtype)  # bf16 where the machine computes it
     device: str | None = None  # cpu, cuda, cuda:1 …; null: a GPU where there is one
 
 
