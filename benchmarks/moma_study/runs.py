@@ -137,7 +137,7 @@ def train_arm(study: Study, run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = MomaForCausalLM(arm_config(run.arm, scale, study.processor)).to(device)
     order = study.rows.order(run.seed, 0)[: steps * scale.batch_rows].reshape(steps, scale.batch_rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / scale.warmup))
     marks = _marks(scale.warmup, steps, scale.points) if run.split == "test" else {steps}
     curve, seconds, flops = [], 0.0, 0
