@@ -21,6 +21,8 @@ from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.provenance import provenance
 
+SPEED_BATCHES = 1, 4  # of the study's batch
+
 
 def main(
     image_tokenizer: Annotated[Path, typer.Option(help="Folder of a stage image_tokenizer.")],
@@ -48,7 +50,8 @@ def main(
     if not report_only:
         study.prepare()
     if speed:
-        _write(study.folder / "speed.json", provenance() | {"arms": measure(study, arms)})
+        by_rows = {rows: measure(study, arms, rows) for rows in (k * study.scale.batch_rows for k in SPEED_BATCHES)}
+        _write(study.folder / "speed.json", provenance() | {"rows": by_rows})
     elif not report_only:
         carry_out(study, arms, seeds, main_seeds, limit_seconds=60 * limit_minutes)
     report(study, arms, max(seeds, main_seeds))
@@ -77,7 +80,7 @@ def report(study: Study, arms: list[str], seeds: int) -> None:
     if not results:
         print("no seed of dense is complete yet")
         return
-    speeds = json.loads(path.read_text(encoding="utf-8"))["arms"] if path.is_file() else None
+    speeds = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else {}
     _write(study.folder / "results.json", provenance() | {"arms": results})
     draw(study, results, study.folder / "study.png")
     page = as_markdown(results, speeds)

@@ -105,8 +105,8 @@ def _gap(finals: list[dict]) -> dict[str, list[float]]:
     }
 
 
-def as_markdown(results: dict[str, dict], speeds: dict[str, dict] | None = None) -> str:
-    """Tables: η, causal losses, gaps, sizes; and what `speed.measure` found, where there is."""
+def as_markdown(results: dict[str, dict], speeds: dict[str, dict[str, dict]]) -> str:
+    """Tables: η, causal losses, gaps, sizes; and what `speed.measure` found, by rows a step."""
     measures = [measure for measure in MEASURES if measure in next(iter(results.values()))["eta"]["flops"]]
 
     def table(title: str, cell: Any, rows: list[str]) -> list[str]:
@@ -117,7 +117,8 @@ def as_markdown(results: dict[str, dict], speeds: dict[str, dict] | None = None)
         return f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
 
     def pace(arm: str) -> str:
-        return f"{100 * (speeds[arm]['ratio'] - 1):+.1f} %" if speeds and arm in speeds else "–"
+        cells = [f"{100 * (found[arm]['ratio'] - 1):+.1f} %" if arm in found else "–" for found in speeds.values()]
+        return "".join(f" {cell} |" for cell in cells)
 
     lines = ["# MoMa study", "", "Geometric means (η) and means over paired seeds, with 95 % t-intervals.", ""]
     for axis in ("flops", "seconds"):
@@ -135,13 +136,14 @@ def as_markdown(results: dict[str, dict], speeds: dict[str, dict] | None = None)
         )
     leaking = [arm for arm in results if results[arm]["leaky_gap"]]
     lines += table("causal minus leaky loss", lambda arm, m: spread(results[arm]["leaky_gap"][m]), leaking)
+    paces = "".join(f" steps a second beside dense, {rows} rows a step |" for rows in speeds)
     lines += [
-        "| arm | rate | seeds | parameters, M | active, M | GFLOP a step | steps a second beside dense |",
-        "|---" * 7 + "|",
+        f"| arm | rate | seeds | parameters, M | active, M | GFLOP a step |{paces}",
+        "|---" * (6 + len(speeds)) + "|",
     ]
     lines += [
         f"| {arm} | {r['rate']:g} | {r['seeds']} | {r['parameters']['total'] / 1e6:.2f} | "
-        f"{r['parameters']['active'] / 1e6:.2f} | {r['flops_a_step'] / 1e9:.1f} | {pace(arm)} |"
+        f"{r['parameters']['active'] / 1e6:.2f} | {r['flops_a_step'] / 1e9:.1f} |{pace(arm)}"
         for arm, r in results.items()
     ]
     return "\n".join(lines) + "\n"

@@ -13,15 +13,15 @@ from mllm.moma import MomaForCausalLM
 WARM_UP = 3
 
 
-def measure(study: Study, arms: list[str], rounds: int = 30) -> dict[str, dict[str, float]]:
-    """Arm -> {"ratio": steps a second beside dense, median over rounds, "seconds": median of a step}."""
+def measure(study: Study, arms: list[str], batch_rows: int, rounds: int = 20) -> dict[str, dict[str, float]]:
+    """Arm -> {"ratio": steps a second beside dense, median over rounds, "seconds": median of a step of batch_rows}."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {arm: MomaForCausalLM(arm_config(arm, study.scale, study.processor)).to(device) for arm in arms}
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True) for arm, model in models.items()}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(WARM_UP + rounds):
-        first = turn * study.scale.batch_rows % (len(study.rows) - study.scale.batch_rows)
-        batch = study.rows.batch(range(first, first + study.scale.batch_rows))
+        first = turn * batch_rows % (len(study.rows) - batch_rows)
+        batch = study.rows.batch(range(first, first + batch_rows))
         for arm, model in models.items():
             began = clock()
             learn(model, batch, optimizers[arm])
