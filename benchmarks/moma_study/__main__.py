@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from benchmarks.moma_study.analysis import analyse, as_markdown
+from benchmarks.moma_study.analysis import analyse, as_markdown, contrasts
 from benchmarks.moma_study.arms import ARMS, DENSE
 from benchmarks.moma_study.picture import draw
 from benchmarks.moma_study.runs import Study
@@ -81,9 +81,10 @@ def report(study: Study, arms: list[str], seeds: int) -> None:
         print("no seed of dense is complete yet")
         return
     speeds = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else {}
-    _write(study.folder / "results.json", provenance() | {"arms": results})
+    differences = contrasts(study, seeds)
+    _write(study.folder / "results.json", provenance() | {"arms": results, "contrasts": differences})
     draw(study, results, study.folder / "study.png")
-    page = as_markdown(results, speeds)
+    page = as_markdown(results, differences, speeds)
     (study.folder / "README.md").write_text(page, encoding="utf-8")
     print(page)
 

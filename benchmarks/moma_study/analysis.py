@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.moma_study.arms import DENSE
+from benchmarks.moma_study.arms import DENSE, FROZEN, MAIN
 from benchmarks.moma_study.runs import Run, Study
 from mllm.moma.scoring import LEAKY
 from mllm.moma.stream import DIRECTIONS
 
-MEASURES = ("all", *DIRECTIONS)
+BALANCED = "balanced"  # mean of the four directions: six of seven scored tokens are codes of pictures
+MEASURES = ("all", BALANCED, *DIRECTIONS)
+CONTRASTS = [
+    (MAIN, "8x"), (MAIN, "1t1i"), (MAIN, FROZEN), (MAIN, "shared"), (MAIN, "token_split"),
+    ("token_split", "token_agnostic"),
+]  # fmt: skip
 
 
 def eta(arm: list[dict], dense: list[dict], *, measure: str = "all", axis: str = "flops") -> float:
@@ -58,14 +63,17 @@ def analyse(study: Study, arms: list[str], seeds: int) -> dict[str, dict]:
     """Arm -> its rate, losses, η by measure in FLOPs and seconds, and gap; paired over seeds."""
     results = {}
     for arm in arms:
-        pairs = [pair for seed in range(seeds) if (pair := _pair(study, arm, seed))]
-        if not pairs:
+        found = {seed: pair for seed in range(seeds) if (pair := _pair(study, arm, seed))}
+        if not found:
             continue
+        pairs = list(found.values())
         finals = [mine["final"] for mine, _ in pairs]
         results[arm] = {
             "rate": study.rate_of(arm),
-            "seeds": len(pairs),
+            "seeds": list(found),
+            "commits": sorted({mine["made"]["commit"] for mine, _ in pairs}),
             "parameters": pairs[0][0]["parameters"],
+            "active": {mode: float(np.mean([mine["active"][mode] for mine, _ in pairs])) for mode in finals[0]},
             "flops_a_step": pairs[0][0]["flops_a_step"],
             "losses": {
                 mode: {
@@ -82,8 +90,19 @@ def analyse(study: Study, arms: list[str], seeds: int) -> dict[str, dict]:
 def _pair(study: Study, arm: str, seed: int) -> tuple[dict, dict] | None:
     if study.rate_of(arm) is None or study.rate_of(DENSE) is None:
         return None
-    mine, base = (study.kept(Run(name, study.rate_of(name), seed, "test")) for name in (arm, DENSE))
+    mine, base = (_record(study, name, seed) for name in (arm, DENSE))
     return (mine, base) if mine and base else None
+
+
+def _record(study: Study, arm: str, seed: int) -> dict | None:
+    """A kept run, its losses with their balanced mean."""
+    rate = study.rate_of(arm)
+    record = study.kept(Run(arm, rate, seed, "test")) if rate is not None else None
+    if record:
+        for losses in [*(point["losses"] for point in record["curve"]), *record["final"].values()]:
+            if all(direction in losses for direction in DIRECTIONS):
+                losses[BALANCED] = float(np.mean([losses[direction] for direction in DIRECTIONS]))
+    return record
 
 
 def _etas(pairs: list[tuple[dict, dict]], axis: str) -> dict[str, list[float]]:
@@ -105,8 +124,26 @@ def _gap(finals: list[dict]) -> dict[str, list[float]]:
     }
 
 
-def as_markdown(results: dict[str, dict], speeds: dict[str, dict[str, dict]]) -> str:
-    """Tables: η, causal losses, gaps, sizes; and what `speed.measure` found, by rows a step."""
+def contrasts(study: Study, seeds: int) -> dict[str, dict]:
+    """ "one - other" -> seeds, and by measure the paired difference of causal losses at the end, with its interval.
+
+    Below zero the first is better.
+    """
+    found = {}
+    for one, other in CONTRASTS:
+        pairs = [(_record(study, one, seed), _record(study, other, seed)) for seed in range(seeds)]
+        ends = [[record["curve"][-1]["losses"] for record in pair] for pair in pairs if all(pair)]
+        if ends:
+            found[f"{one} - {other}"] = {"seeds": len(ends)} | {
+                measure: list(interval([mine[measure] - its[measure] for mine, its in ends]))
+                for measure in MEASURES
+                if measure in ends[0][0]
+            }
+    return found
+
+
+def as_markdown(results: dict[str, dict], differences: dict[str, dict], speeds: dict[str, dict[str, dict]]) -> str:
+    """Tables: η, causal losses, `contrasts`, gaps, sizes; and what `speed.measure` found, by rows a step."""
     measures = [measure for measure in MEASURES if measure in next(iter(results.values()))["eta"]["flops"]]
 
     def table(title: str, cell: Any, rows: list[str]) -> list[str]:
@@ -115,6 +152,12 @@ def as_markdown(results: dict[str, dict], speeds: dict[str, dict[str, dict]]) ->
 
     def spread(values: list[float]) -> str:
         return f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
+
+    def signed(values: list[float]) -> str:
+        return f"{values[0]:+.3f} [{values[1]:+.3f}, {values[2]:+.3f}]"
+
+    def active(arm: str) -> str:
+        return ", ".join(f"{mode} {size / 1e6:.2f}" for mode, size in results[arm]["active"].items())
 
     def pace(arm: str) -> str:
         cells = [f"{100 * (found[arm]['ratio'] - 1):+.1f} %" if arm in found else "–" for found in speeds.values()]
@@ -134,16 +177,21 @@ def as_markdown(results: dict[str, dict], speeds: dict[str, dict[str, dict]]) ->
             lambda arm, m, mode=mode: f"{results[arm]['losses'][mode][m]:.3f}",
             rows,
         )
+    lines += table(
+        "causal loss, the first minus the second, same seeds: below zero the first is better",
+        lambda pair, m: signed(differences[pair][m]),
+        list(differences),
+    )
     leaking = [arm for arm in results if results[arm]["leaky_gap"]]
     lines += table("causal minus leaky loss", lambda arm, m: spread(results[arm]["leaky_gap"][m]), leaking)
     paces = "".join(f" steps a second beside dense, {rows} rows a step |" for rows in speeds)
     lines += [
-        f"| arm | rate | seeds | parameters, M | active, M | GFLOP a step |{paces}",
-        "|---" * (6 + len(speeds)) + "|",
+        f"| arm | rate | seeds | parameters, M | active, M | active when scored, M | GFLOP a step |{paces}",
+        "|---" * (7 + len(speeds)) + "|",
     ]
     lines += [
-        f"| {arm} | {r['rate']:g} | {r['seeds']} | {r['parameters']['total'] / 1e6:.2f} | "
-        f"{r['parameters']['active'] / 1e6:.2f} | {r['flops_a_step'] / 1e9:.1f} |{pace(arm)}"
+        f"| {arm} | {r['rate']:g} | {len(r['seeds'])} | {r['parameters']['total'] / 1e6:.2f} | "
+        f"{r['parameters']['active'] / 1e6:.2f} | {active(arm)} | {r['flops_a_step'] / 1e9:.1f} |{pace(arm)}"
         for arm, r in results.items()
     ]
     return "\n".join(lines) + "\n"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mllm.moma import MomaConfig, layers_at_equal_flops
+from mllm.moma import MomaConfig, MomaForCausalLM, layers_at_equal_flops
+from mllm.moma.expert_choice import ChoiceRouter
 from mllm.moma.processor import MomaProcessor
 
-DENSE, MAIN = "dense", "4t4i"
+DENSE, MAIN, FROZEN = "dense", "4t4i", "4t4i_frozen"
 TOKEN_CHOICE = {"routing": "token_choice", "num_experts_per_tok": 1, "balance": "global_batch"}
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {"preset": "dense"},
@@ -17,6 +18,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "2t2i": {"preset": "2t2i"},
     MAIN: {"preset": "4t4i"},
     "4t4i_post": {"preset": "4t4i", "norm_position": "post"},
+    FROZEN: {"preset": "4t4i"},  # the control: routers stay as they were drawn
     "mod_4t4i": {"preset": "4t4i", "mixture_of_depths": 0.25},
     "dense_total": {"preset": "dense"},  # as many parameters as 4t4i has, all of them active
     "token_agnostic": {"preset": "8x", **TOKEN_CHOICE},
@@ -77,3 +79,13 @@ def arm_config(arm: str, scale: Scale, processor: MomaProcessor) -> MomaConfig:
     if arm == "dense_total":
         settings["intermediate_size"] *= MomaConfig.preset(ARMS[MAIN]["preset"]).layout.num_experts
     return MomaConfig.preset(preset, **settings)
+
+
+def arm_model(arm: str, scale: Scale, processor: MomaProcessor) -> MomaForCausalLM:
+    """The arm's model, new."""
+    model = MomaForCausalLM(arm_config(arm, scale, processor))
+    if arm == FROZEN:
+        for module in model.modules():
+            if isinstance(module, ChoiceRouter):
+                module.requires_grad_(False)
+    return model

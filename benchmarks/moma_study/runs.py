@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.moma_study.arms import ARMS, DENSE, MAIN, SCALES, arm_config
+from benchmarks.moma_study.arms import ARMS, DENSE, MAIN, SCALES, arm_model
 from mllm.moma import MomaForCausalLM
 from mllm.moma.cost import head_flops, moma_cost
 from mllm.moma.scoring import evaluation_modes, held_out_losses
@@ -27,6 +27,7 @@ from train.moma.data import held_out_documents, training_rows
 from train.moma.model import build_processor
 
 SWEEP_SEED = 1000
+COUNTED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,17 @@ class Study:
 
 
 def train_arm(study: Study, run: Run) -> dict[str, Any]:
-    """A plain loop on one device: {"curve", "final", "flops_a_step", "parameters", "tokens_per_second"}.
+    """A plain loop on one device: {"curve", "final", "active", "flops_a_step", "parameters", "tokens_per_second"}.
 
     The same seed gives every arm the same rows in the same order. Compute is forward, times three, head included.
     """
     scale, device = study.scale, "cuda" if torch.cuda.is_available() else "cpu"
     steps = scale.steps if run.split == "test" else scale.sweep_steps
     torch.manual_seed(run.seed)
-    model = MomaForCausalLM(arm_config(run.arm, scale, study.processor)).to(device)
+    model = arm_model(run.arm, scale, study.processor).to(device)
     order = study.rows.order(run.seed, 0)[: steps * scale.batch_rows].reshape(steps, scale.batch_rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=run.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / scale.warmup))
     marks = _marks(scale.warmup, steps, scale.points) if run.split == "test" else {steps}
     curve, seconds, flops = [], 0.0, 0
@@ -146,14 +148,16 @@ def train_arm(study: Study, run: Run) -> dict[str, Any]:
         learn(model, study.rows.batch(rows.tolist()), optimizer)
         rate.step()
         seconds += clock() - began
-        flops += 3 * (moma_cost(model).flops + head_flops(model))
+        cost = moma_cost(model)
+        flops += 3 * (cost.flops + head_flops(model))
         if step in marks:
             losses = held_out_losses(model, study.scored[run.split], study.processor)
             curve.append({"step": step, "flops": flops, "seconds": seconds, "losses": losses})
-    cost = moma_cost(model)
+    final = _final(study, model, order) if run.split == "test" else {}
     return {
         "curve": curve,
-        "final": _final(study, model, order) if run.split == "test" else {},
+        "final": final,
+        "active": {mode: active_by(study, model, mode) for mode in final},
         "flops_a_step": flops / steps,
         "parameters": {"total": cost.total_parameters, "active": cost.active_parameters},
         "tokens_per_second": steps * scale.batch_rows * scale.length / seconds,
@@ -197,6 +201,16 @@ def losses_by(study: Study, model: MomaForCausalLM, mode: str) -> dict[str, floa
     """On test rows. Leaky figures depend on the batch: it is that of training."""
     rows = study.scored["test"]
     return held_out_losses(model, rows, study.processor, mode=mode, batch_size=study.scale.batch_rows)
+
+
+@torch.no_grad()
+def active_by(study: Study, model: MomaForCausalLM, mode: str) -> float:
+    """Weights that a token meets on average where experts choose so; causal ways may take more than training did."""
+    batch = study.scored["test"].batch(range(min(COUNTED_ROWS, len(study.scored["test"]))))
+    model.eval().set_evaluation_routing(None if mode == "token" else mode)
+    model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device), use_cache=False)
+    model.set_evaluation_routing(None)
+    return moma_cost(model).active_parameters
 
 
 def clock() -> float:

@@ -6,9 +6,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.moma_study.arms import DENSE, arm_config
+from benchmarks.moma_study.arms import DENSE, arm_model
 from benchmarks.moma_study.runs import Study, clock, learn
-from mllm.moma import MomaForCausalLM
 
 WARM_UP = 3
 
@@ -16,7 +15,7 @@ WARM_UP = 3
 def measure(study: Study, arms: list[str], batch_rows: int, rounds: int = 20) -> dict[str, dict[str, float]]:
     """Arm -> {"ratio": steps a second beside dense, median over rounds, "seconds": median of a step of batch_rows}."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = {arm: MomaForCausalLM(arm_config(arm, study.scale, study.processor)).to(device) for arm in arms}
+    models = {arm: arm_model(arm, study.scale, study.processor).to(device) for arm in arms}
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True) for arm, model in models.items()}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(WARM_UP + rounds):

@@ -190,13 +190,16 @@ class ChoiceRouter(KeepsFp32):
     def forward(self, hidden_TD: Tensor, context: MomaContext, is_open_T: Tensor) -> ExpertChoice:
         allowed_TE = self.allowed_PE[context.modality_T] if self.layout.is_grouped else self.allowed_PE
         is_open_TE = allowed_TE & is_open_T[:, None]
-        logits_TE = self._logits(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
+        clean_TE = self._logits(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
+        logits_TE = self._with_noise(clean_TE)
         scores_TE = logits_TE.sigmoid().masked_fill(self.is_lone_E, 1)
         auxiliary_TE = cutoff_E = None
         if context.mode == "aux" or self.trains_auxiliary:
             auxiliary_TE = self.auxiliary(hidden_TD)
         if context.mode in ("batch", "batch_leaky"):
             is_chosen_TE, cutoff_E = self._choose(scores_TE.detach(), is_open_TE)
+            if logits_TE is not clean_TE:  # thresholds are for evaluation, which has no noise
+                cutoff_E = self._choose(clean_TE.detach().sigmoid(), is_open_TE)[1]
         elif context.mode == "aux":
             is_chosen_TE = (auxiliary_TE > 0) & is_open_TE
         else:
@@ -206,11 +209,13 @@ class ChoiceRouter(KeepsFp32):
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
-            logits_TE = F.linear(hidden_TD.float(), self.weight.float())
-        if self.training and self.noise > 0 and self.is_trainable:
-            # The difference of two Gumbel variables is logistic, the logit of a uniform one.
-            logits_TE = logits_TE + self.noise * torch.rand_like(logits_TE).logit(eps=1e-6)
-        return logits_TE
+            return F.linear(hidden_TD.float(), self.weight.float())
+
+    def _with_noise(self, logits_TE: Tensor) -> Tensor:
+        """The difference of two Gumbel variables is logistic, the logit of a uniform one."""
+        if not (self.training and self.noise > 0 and self.is_trainable):
+            return logits_TE
+        return logits_TE + self.noise * torch.rand_like(logits_TE).logit(eps=1e-6)
 
     def _choose(self, scores_TE: Tensor, is_open_TE: Tensor) -> tuple[Tensor, Tensor]:
         own = slice(None)

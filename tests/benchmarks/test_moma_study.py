@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.moma_study import arms as all_arms
 from benchmarks.moma_study.__main__ import carry_out
-from benchmarks.moma_study.analysis import analyse, as_markdown, eta, interval
+from benchmarks.moma_study.analysis import analyse, as_markdown, contrasts, eta, interval
 from benchmarks.moma_study.arms import ARMS, SCALES, arm_config
 from benchmarks.moma_study.picture import draw
 from benchmarks.moma_study.runs import Run, Study
@@ -63,13 +63,18 @@ def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(stud
     assert not list(study.due(arms, 2, 2))
     results = analyse(study, arms, 2)
     assert results["dense"]["eta"]["flops"]["all"] == pytest.approx([1, 1, 1])
-    assert results["4t4i"]["seeds"] == 2
+    assert results["4t4i"]["seeds"] == [0, 1]
     assert {"threshold", "aux", "batch_leaky"} == results["4t4i"]["losses"].keys()
     assert results["token_split"]["losses"].keys() == {"token"}
     assert results["4t4i"]["leaky_gap"]
     assert not results["dense"]["leaky_gap"]
+    differences = contrasts(study, 2)
+    ends = [study.kept(Run(arm, 1e-2, 0, "test"))["curve"][-1]["losses"] for arm in ("4t4i", "token_split")]
+    low, high = differences["4t4i - token_split"]["all"][1:]
+    assert low <= ends[0]["all"] - ends[1]["all"] <= high
+    assert results["token_split"]["active"]["token"] == results["token_split"]["parameters"]["active"]
     page = as_markdown(
-        results, {"4": {"dense": {"ratio": 1.0}, "4t4i": {"ratio": 0.9}}, "16": {"4t4i": {"ratio": 0.96}}}
+        results, differences, {"4": {"dense": {"ratio": 1.0}, "4t4i": {"ratio": 0.9}}, "16": {"4t4i": {"ratio": 0.96}}}
     )
     assert "causal minus leaky" in page
     assert "| token_split |" in page

@@ -82,18 +82,20 @@ def test_every_held_out_sample_is_scored_in_both_orders(path):
     assert begins == [True] * 8 + [False] * 8
 
 
-def test_captions_of_files_are_read_and_every_20th_row_is_held_out(tmp_path):
+def test_captions_of_files_are_split_by_picture(tmp_path):
     rows = []
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": f"caption {number}"}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    rows.append(rows[20] | {"id": "another caption of a picture for test"})
     (tmp_path / "captions.json").write_text(json.dumps(rows))
     section = PictureSection(miniworld=0, captions=[tmp_path / "captions.json"])
-    held_out = [caption for _, caption in captioned(section, "test")]
+    held_out, validation = ([caption for _, caption in captioned(section, split)] for split in ("test", "val"))
     learned = list(captioned(section, "train"))
-    assert held_out == ["caption 0", "caption 20"]
-    assert len(learned) == 38
+    assert held_out == ["caption 0", "caption 20", "caption 20"]
+    assert validation == ["caption 10", "caption 30"]
+    assert len(learned) == 36
     assert learned[0][0].getpixel((0, 0)) == (1, 0, 0)
     assert learned[0][1] == "caption 1"
 

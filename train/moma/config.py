@@ -14,7 +14,7 @@ class PictureSection(Section):
 
     miniworld: int = Field(20_000, ge=0)  # scenes drawn for training
     domains: list[Literal["general", "document", "biomedical"]] = Field(["general"])  # of miniworld, in turn
-    captions: list[Path] = Field([])  # LLaVA JSON: a row's first picture and last answer; every 20th is held out
+    captions: list[Path] = Field([])  # LLaVA JSON: first picture, last answer; every 20th picture is for test
     image_root: Path | None = None  # where their pictures lie; null: beside each file
     held_out: int = Field(512, gt=0)  # samples of the test split that are scored
 

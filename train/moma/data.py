@@ -18,7 +18,8 @@ from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import FORMS, PackedRows, Sample, documents, write_rows
 from train.moma.config import PictureSection, StreamSection
 
-HELD_OUT_EVERY = 20  # rows of a caption file, of which one is held out
+HELD_OUT = {0: "test", 10: "val"}  # of every 20 pictures of a caption file; the others are trained on
+PERIOD = 20
 PICTURES_AT_ONCE = 256
 
 Captioned = tuple[Image.Image, str]
@@ -39,17 +40,18 @@ def captioned(section: PictureSection, split: Split) -> Iterator[Captioned]:
 
 
 def caption_files(section: PictureSection, split: Split) -> Iterator[Conversation]:
-    """Rows with a picture; the split "train" leaves out every 20th, other splits are those.
+    """Rows with a picture. Pictures are split, in the order they first come, so that none is in two splits.
 
     Raises UserError for a file that cannot be read, and one that holds no row with a picture.
     """
     for path in section.captions:
-        source, found = Source(path, image_root=section.image_root), 0
-        for index, row in enumerate(row for row in source if row.images):
-            found += 1
-            if (index % HELD_OUT_EVERY == 0) != (split == "train"):
-                yield row
-        if not found:
+        numbers: dict[Path, int] = {}
+        for row in Source(path, image_root=section.image_root):
+            if row.images:
+                number = numbers.setdefault(row.images[0], len(numbers))
+                if HELD_OUT.get(number % PERIOD, "train") == split:
+                    yield row
+        if not numbers:
             raise UserError(f"data.captions: {path} has no row with a picture. Give LLaVA JSON with `image` keys.")
 
 
@@ -103,7 +105,7 @@ def digest(section: StreamSection, processor: MomaProcessor) -> str:
     for key, weight in processor.image_tokenizer.model.state_dict().items():
         name.update(key.encode() + weight.float().cpu().numpy().tobytes())
     for path in section.captions:
-        name.update(Path(path).read_bytes())
+        name.update(f"{HELD_OUT} of {PERIOD}".encode() + Path(path).read_bytes())
     return name.hexdigest()[:16]
 
 
