@@ -56,7 +56,7 @@ def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> di
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": positions,
-        "norm_position": "expert",
+        "norm_position": "pre",
         "threshold_momentum": 0.9,  # runs are short: the mean of the last tens of batches
     }
 
@@ -64,8 +64,8 @@ def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> di
 SMALL = shape(96, 192, 6, 4, 256)  # 1.05M active, two fifths of them in embeddings
 SCALES = {
     "smoke": Scale(shape(16, 24, 2, 2, 128), 6, 2, 128, 2, 40, 16, 2, rates=(1e-2,), warmup=1),
-    "cpu": Scale(SMALL, 500, 4, 256, 8, 8_000, 96, 60),
-    "real": Scale(SMALL, 500, 4, 256, 8, 0, 96, 60),
+    "cpu": Scale(SMALL, 600, 4, 256, 8, 8_000, 96, 100),
+    "real": Scale(SMALL, 600, 4, 256, 8, 0, 96, 100),
     "gpu": Scale(shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800, (5e-4, 1e-3, 2e-3), 400),  # 28M
 }
 

@@ -192,7 +192,7 @@ def train_auxiliary(study: Study, model: MomaForCausalLM, order: np.ndarray) -> 
     """MoMa's second stage, on rows seen before."""
     model.begin_auxiliary_stage()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=3e-3, fused=True)
     for rows in order[: study.scale.auxiliary_steps]:
         learn(model, study.rows.batch(rows.tolist()), optimizer)
 

@@ -44,6 +44,11 @@ class MomaContext(RoutingContext):
         end = self.image_token_start + self.codebook_size
         self.is_image_T = None if ids_T is None else (ids_T >= self.image_token_start) & (ids_T < end)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return self.document_BS is not None and bool((self.document_BS > 0).any())
+
     def record_choice(self, name: str, choice: ExpertChoice) -> None:
         """Keep a router's choice, unless this is recomputation."""
         if self._recording:

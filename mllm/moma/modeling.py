@@ -320,7 +320,9 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel.forward. While training nothing is cached."""
+        """As LlamaModel.forward. Nothing is cached while training, nor of packed rows: with a cache transformers lets
+        the documents of a row see each other.
+        """
         mode = self.routing_mode
         if mode.startswith("batch") and past_key_values is not None and past_key_values.get_seq_length():
             raise UserError("Experts cannot choose among the tokens of a cache's next step alone; use a causal mode.")
@@ -339,7 +341,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                use_cache=False if self.training else use_cache,
+                use_cache=False if self.training or self.routing_context.is_packed else use_cache,
                 **kwargs,
             )
         finally:

@@ -131,9 +131,12 @@ def test_the_routing_weighs_picks_by_their_sigmoid_scores_without_renormalising(
     torch.testing.assert_close(choice.routing().weights_TE, expected)
 
 
-def test_the_cutoff_is_the_lowest_score_chosen():
+def test_the_cutoff_is_the_lowest_score_chosen_and_that_without_noise():
     ids, hidden = random_batch()
-    choice = choose(choice_router("mixed"), ids, hidden)
+    router, noisy = choice_router("mixed"), choice_router("mixed", noise=1.0)
+    noisy.load_state_dict(router.state_dict())
+    choice = choose(router, ids, hidden)
+    assert torch.equal(choose(noisy, ids, hidden).cutoff_E, choice.cutoff_E)
     for e in range(8):
         assert choice.cutoff_E[e] == choice.scores_TE[choice.is_chosen_TE[:, e], e].min()
 
@@ -147,14 +150,15 @@ def test_thresholds_are_the_mean_of_cutoffs_at_first_and_then_a_running_mean():
     torch.testing.assert_close(router.threshold, torch.tensor([expected]))
 
 
-def test_calibrated_thresholds_choose_about_as_much_as_the_batch_would():
-    router = choice_router("split")
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_calibrated_thresholds_choose_about_as_much_as_the_batch_would(noise):
+    router = choice_router("split", noise=noise)
     for _ in range(60):
         router.track(choose(router, *random_batch(4, 32)).cutoff_E)
     picks = tokens = 0
     for _ in range(20):
         ids, hidden = random_batch(4, 32)
-        picks += choose(router, ids, hidden, "threshold").is_chosen_TE.sum()
+        picks += choose(router.eval(), ids, hidden, "threshold").is_chosen_TE.sum()
         tokens += ids.numel()
     assert abs(picks / tokens - 1) < 0.05  # worst of ten seeds: 0.02
 

@@ -122,11 +122,12 @@ def test_a_split_without_rows_is_named(tmp_path):
 
 @pytest.mark.parametrize("depth", [None, 0.5])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_packed_document_is_scored_as_it_is_alone(depth, implementation):
+@pytest.mark.parametrize("use_cache", [None, True, False])
+def test_a_packed_document_is_scored_as_it_is_alone(depth, implementation, use_cache):
     model = tiny_moma("2t2i", mixture_of_depths=depth, attn_implementation=implementation)
     first, second = torch.randint(1, 40, (1, 7)), torch.randint(1, 40, (1, 5))
     positions = torch.tensor([[*range(7), *range(5)]])
     with torch.no_grad():
-        together = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        together = model(torch.cat([first, second], 1), position_ids=positions, use_cache=use_cache).logits
         alone = model(second, use_cache=False).logits
     torch.testing.assert_close(together[:, 7:], alone)
