@@ -1,6 +1,6 @@
 """Held-out loss of a Moma model by direction of prediction, under each way its experts can choose.
 
-B batch, S sequence, V vocabulary.
+B batch, S sequence, T tokens of a batch, V vocabulary, N tokens that count.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ LEAKY = "batch_leaky"
 
 def direction_sums(logits_BSV: Tensor, ids_BS: Tensor, position_ids_BS: Tensor, processor: MomaProcessor) -> Tensor:
     """float64 [4, 2] on the CPU: loss sum and tokens of each of DIRECTIONS."""
-    kinds_BS = directions(ids_BS.cpu(), position_ids_BS.cpu(), processor)[:, 1:]
-    loss_BS = F.cross_entropy(logits_BSV[:, :-1].float().transpose(1, 2), ids_BS[:, 1:], reduction="none").cpu()
-    is_counted = kinds_BS != UNCOUNTED
-    kinds_N, loss_N = kinds_BS[is_counted], loss_BS[is_counted].double()
+    kinds_T = directions(ids_BS.cpu(), position_ids_BS.cpu(), processor)[:, 1:].flatten()
+    logits_TV = logits_BSV[:, :-1].float().flatten(0, 1)
+    loss_T = F.cross_entropy(logits_TV, ids_BS[:, 1:].flatten(), reduction="none").cpu()
+    is_counted_T = kinds_T != UNCOUNTED
+    kinds_N, loss_N = kinds_T[is_counted_T], loss_T[is_counted_T].double()
     sums = torch.zeros(len(DIRECTIONS), 2, dtype=torch.float64)
     return sums.index_add(0, kinds_N, torch.stack([loss_N, torch.ones_like(loss_N)], 1))
 
