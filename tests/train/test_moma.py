@@ -68,6 +68,18 @@ def test_rows_are_made_once_and_anew_for_other_settings(path):
     assert digest(config.data.model_copy(update={"held_out": 3}), processor) == folder.name
 
 
+def test_captions_are_known_by_what_they_say_wherever_they_lie(path, tmp_path):
+    config = load_config(path)
+    _, processor = build_moma(config)
+    here, there, other = (tmp_path / name for name in ("here.json", "there.json", "other.json"))
+    here.write_text("[]")
+    there.write_text("[]")
+    other.write_text("[ ]")
+    names = [digest(config.data.model_copy(update={"captions": [each]}), processor) for each in (here, there, other)]
+    assert names[0] == names[1] != names[2]
+    assert digest(config.data, processor) not in names
+
+
 def test_samples_come_again_in_other_forms_until_there_are_rows_enough(path):
     config = load_config(path, ["data.rows=90"])
     _, processor = build_moma(config)

@@ -100,6 +100,7 @@ def held_out_documents(section: StreamSection, processor: MomaProcessor, split: 
 def digest(section: StreamSection, processor: MomaProcessor) -> str:
     """A short name of all that rows follow from: settings, both tokenizers' weights, the caption files' bytes."""
     settings = section.model_dump(mode="json", exclude={"cache", "held_out"})
+    settings |= {"captions": [], "image_root": None}  # where they lie does not matter; what they say is added below
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     name.update(json.dumps(processor.tokenizer.get_vocab(), sort_keys=True).encode())
     for key, weight in processor.image_tokenizer.model.state_dict().items():
