@@ -36,7 +36,16 @@ from mllm.moma.config import MomaConfig
 from mllm.moma.context import MomaContext
 from mllm.moma.depth import attend_chosen
 from mllm.moma.expert_choice import MODES, AuxiliaryRouter, ChoiceRouter, ExpertChoice, auxiliary_loss, mean_over_ranks
-from mllm.routing import BALANCE_LOSSES, Choice, ExpertLayout, RouterSpec, Routing, TokenRouter, z_loss
+from mllm.routing import (
+    BALANCE_LOSSES,
+    BalanceWindow,
+    Choice,
+    ExpertLayout,
+    RouterSpec,
+    Routing,
+    TokenRouter,
+    z_loss,
+)
 from mllm.routing.layout import ALL
 
 Norm = Callable[[Tensor], Tensor]
@@ -364,6 +373,10 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
 
     While training, the loss holds what the router needs: the balance and z losses of token choice, or in the auxiliary
     stage the auxiliary loss instead of the cross entropy. In evaluation it is the cross entropy alone.
+
+    Attributes:
+        balance_window: picks of the optimizer step so far, for balance="global_batch" where a step has several
+            micro-batches; whoever sets it resets it before each step. None: the loss is of this forward.
     """
 
     def __init__(self, config: MomaConfig) -> None:
@@ -371,6 +384,7 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
         self.model = MomaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.balance_window: BalanceWindow | None = None
         self.post_init()
 
     @property
@@ -456,6 +470,7 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
         is_counted_T, loss = ~context.is_pad_T, torch.zeros((), device=self.device)
         if config.balance != "none":
             grouped = config.layout.is_grouped
+            options = {"window": self.balance_window} if config.balance == "global_batch" else {}
             loss = loss + config.balance_loss_weight * BALANCE_LOSSES[config.balance](
                 router_probs_LTX=context.stack("router_probs_TX"),
                 picks_LTX=context.stack("picks_TX"),
@@ -463,6 +478,7 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
                 sample_T=context.sample_T,
                 population_T=context.modality_T if grouped else torch.zeros_like(context.sample_T),
                 target=config.target,
+                **options,
             )
         if config.z_loss_weight:
             logits_LTX = context.stack("router_logits_TX")

@@ -11,19 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from mllm.errors import UserError
 from mllm.moma import MomaForCausalLM
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.scoring import direction_sums
 from mllm.moma.stream import DIRECTIONS, PackedRows
-from mllm.routing import RoutingStats
+from mllm.routing import BalanceWindow, RoutingStats
 from train.feed import RunOrder
 from train.moma.config import MomaTrainConfig
 from train.moma.model import MODEL, gather_model, write_model
 from train.parts import parameter_groups
 from train.ranks import summed
 from train.trainer import StageTrainer
+
+
+class NewStep(TrainerCallback):
+    """Empties the window over a step's micro-batches that balance is counted in."""
+
+    def __init__(self, window: BalanceWindow) -> None:
+        self.window = window
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.window.reset()
 
 
 class MomaTrainer(StageTrainer):
@@ -43,6 +54,8 @@ class MomaTrainer(StageTrainer):
         self.config, self.processor, self.start, self.data_digest = config, processor, start, data_digest
         self.model_accepts_loss_kwargs = True  # makes Trainer count a step's predicted tokens over all ranks
         self.core: MomaForCausalLM = self.model
+        self.core.balance_window = BalanceWindow()
+        self.add_callback(NewStep(self.core.balance_window))
         self._clear()
 
     def _clear(self) -> None:

@@ -14,7 +14,7 @@ from mllm.moma import MomaForCausalLM
 from mllm.moma.context import MomaContext
 from mllm.moma.expert_choice import ChoiceRouter
 from mllm.moma.modeling import DenseFFN, ExpertFFN, MomaExperts
-from mllm.routing import RoutingStats
+from mllm.routing import BalanceWindow, RoutingStats
 from tests.mllm.moma.helpers import (
     CODES,
     IDS,
@@ -275,6 +275,18 @@ def test_the_balance_loss_of_token_choice_is_in_the_training_loss_alone():
     trained = model.train()(IDS, labels=IDS).loss
     torch.testing.assert_close(trained - evaluated, model.routing_loss())
     assert model.routing_loss() > 0.4
+
+
+def test_balance_is_counted_over_the_micro_batches_of_a_step():
+    model = tiny_moma("3t2i", balance_loss_weight=0.5, **TOKEN_CHOICE).train()
+    alone = [model(half, labels=half).loss for half in (IDS[:1], IDS[1:])]
+    window = model.balance_window = BalanceWindow()
+    together = [model(half, labels=half).loss for half in (IDS[:1], IDS[1:])]
+    torch.testing.assert_close(together[0], alone[0])
+    assert abs(together[1] - alone[1]) > 1e-5
+    assert window.counts_LPX.sum() == IDS.numel() * model.config.num_hidden_layers
+    window.reset()
+    torch.testing.assert_close(model(IDS[1:], labels=IDS[1:]).loss, alone[1])
 
 
 def test_a_micro_batchs_routing_loss_weighs_as_much_as_its_labels():
