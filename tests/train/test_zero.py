@@ -37,6 +37,7 @@ def test_the_size_below_which_weights_stay_whole_reaches_deepspeed():
 
 def test_fp32_leaves_autocast_off():
     config = settings()
+    config.model.dtype = "bf16"
     assert deepspeed_config(config, accumulation=4)["torch_autocast"]["enabled"]
     config.model.dtype = "fp32"
     assert not deepspeed_config(config, accumulation=4)["torch_autocast"]["enabled"]
