@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -9,7 +10,6 @@ from selenium import webdriver
 from selenium.common.exceptions import (
     ElementClickInterceptedException,
     StaleElementReferenceException,
-    TimeoutException,
 )
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -49,7 +49,7 @@ class Page:
         driver.get(url)
         self.wait(lambda: self.find("#box textarea"))
 
-    def wait(self, condition, seconds=30):
+    def wait(self, condition, seconds=60):
         # The page redraws the answer as it grows, and buttons move while it does.
         passing = [StaleElementReferenceException, ElementClickInterceptedException]
         return WebDriverWait(self.driver, seconds, 0.05, passing).until(lambda _: condition())
@@ -70,9 +70,14 @@ class Page:
     def press(self, label):
         def pressed():
             buttons = self.find(f"[aria-label='{label}']:enabled")
-            if buttons:
-                buttons[0].click()
-            return bool(buttons)
+            if not buttons:
+                return False
+            place = buttons[0].rect
+            time.sleep(0.2)
+            if buttons[0].rect != place:  # it still moves: a press would hit what comes there
+                return False
+            buttons[0].click()
+            return True
 
         self.wait(pressed)
 
@@ -131,22 +136,7 @@ def pictures(tmp_path):
     return paths
 
 
-def test_a_picture_is_asked_about_and_the_answer_streams_until_it_is_stopped(driver, served, pictures):
-    """Tried again up to four times: on a slow machine a press that falls into a redraw of the page can be lost."""
-    url, talker = served
-    for left in (3, 2, 1, 0):
-        talker.prompts.clear()
-        talker.pictures.clear()
-        try:
-            ask_stop_undo_retry_clear(Page(driver, url), talker, pictures)
-        except (TimeoutException, AssertionError):
-            if not left:
-                raise
-        else:
-            return
-
-
-def ask_stop_undo_retry_clear(page, talker, pictures):
+def test_a_picture_is_asked_about_and_the_answer_streams_until_it_is_stopped(page, talker, pictures):
     page.attach(pictures[0])
     page.ask("What colour is it?")
     first = page.wait(lambda: page.answers() and page.answers()[0])
@@ -168,7 +158,7 @@ def ask_stop_undo_retry_clear(page, talker, pictures):
 
     page.press("Undo")
     page.wait(lambda: len(page.answers()) == 1)
-    assert page.find("#box textarea")[0].get_attribute("value") == "And this one?"
+    page.wait(lambda: page.find("#box textarea")[0].get_attribute("value") == "And this one?")
 
     page.press("Retry")
     page.wait(lambda: len(talker.prompts) == 3 and page.answers())
