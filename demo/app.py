@@ -1,9 +1,11 @@
 """The chat page: layout and events only. What a turn means is in session.py; this is the one file that knows Gradio.
 
-A turn runs in two steps. `_begin` is not queued: it shows the user's message at once and makes the stop event, so that
-Stop also works while the turn still waits for the model. `_answer` is queued, one at a time, and streams the text.
-Stop and Clear cancel the turn in the page, which ends its updates there, and set the event, which ends the generation.
-The conversation lives in the user's own page (the Chatbot's value), the stop event in a per-user `gr.State`:
+A turn runs in two steps. `_begin` is not queued: it shows the user's message at once and notes the Turn, so that Stop
+also works while it waits for the model. `_answer` is queued, one at a time, and streams the text.
+Stop and Clear only tell the Turn, and an answer under way ends itself and then readies or empties the page: all changes
+come from one stream, in order. (Gradio's own `cancels` lets its client fail on the cancelled event, now and then: the
+page then shows an error and loses what comes next.)
+The conversation lives in the user's own page (the Chatbot's value), its Turns in a per-user `gr.State`:
 no conversation is kept on the server, hence none can reach another user.
 """
 
@@ -14,7 +16,7 @@ from contextlib import closing
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -78,28 +80,26 @@ def build_app(
         with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
             temperature = gr.Slider(0.0, 1.5, value=0.0, step=0.05, label="Temperature (0: the likeliest token)")
             max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
-        running = gr.State()
+        turns = gr.State([])
 
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        unqueued = {"queue": False, **quiet}
-        ordered = {"concurrency_limit": None, **quiet}  # queued, so that it comes after the last piece of an answer
+        unqueued = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         model_step = {
             "fn": partial(_answer, session),
-            "inputs": [chatbot, running, temperature, max_new_tokens],
+            "inputs": [chatbot, turns, temperature, max_new_tokens],
             "outputs": [chatbot, box, notice],
             "concurrency_limit": 1,
             "concurrency_id": "model",
+            "trigger_mode": "multiple",  # a turn that was stopped while it waited still stands in the queue
             "show_progress": "minimal",
             "show_progress_on": [chatbot],
             "api_visibility": "private",
         }
-        turn = [chatbot, box, notice, running]
-        asked = box.submit(partial(_begin, session), [chatbot, box], turn, **unqueued).then(**model_step)
-        retried = chatbot.retry(_retry, [chatbot], turn, **unqueued).then(**model_step)
-        cancel = {"fn": None, "cancels": [asked, retried], "api_visibility": "private"}
-        box.stop(**cancel).then(_stop, [chatbot, running], [chatbot, box], **ordered)
-        chatbot.clear(**cancel).then(_clear, [running], turn, **ordered)
-        chatbot.undo(_undo, [chatbot], [chatbot, box, notice], **unqueued)
+        parts = [chatbot, box, notice]
+        box.submit(partial(_begin, session), [chatbot, box, turns], [*parts, turns], **unqueued).then(**model_step)
+        chatbot.retry(_retry, [chatbot, turns], [*parts, turns], **unqueued).then(**model_step)
+        box.stop(_stop, [chatbot, turns], [chatbot, box], **unqueued)
+        chatbot.clear(_clear, [turns], parts, **unqueued)
+        chatbot.undo(_undo, [chatbot], parts, **unqueued)
         chatbot.example_select(_fill_in, None, [box], **unqueued)
     return app
 
@@ -133,63 +133,103 @@ def launch(app: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None, 
 # One turn
 
 
-def _begin(session: ChatSession, history: History, typed: dict[str, Any]) -> tuple:
-    """Show the user's message and make its stop event, or say why it cannot be sent and leave it in the box."""
+class Turn:
+    """A question, from asking to the end of its answer. Stop and Clear reach it from other threads than the answer's.
+
+    Attributes: `stop`, which ends the generation; `is_cleared`, whether the answer's end is to empty the page.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.is_cleared = False
+        self.phase: Literal["waiting", "answering", "over"] = "waiting"
+        self._lock = threading.Lock()
+
+    def begin(self) -> bool:
+        """Whether an answer is still wanted; it must `finish` then."""
+        with self._lock:
+            self.phase = "over" if self.stop.is_set() else "answering"
+            return self.phase == "answering"
+
+    def end(self, *, clear: bool = False) -> str:
+        """Stop it. Returns its phase: in "answering" the answer itself sees to the page."""
+        with self._lock:
+            self.stop.set()
+            self.is_cleared |= clear and self.phase == "answering"
+            return self.phase
+
+    def finish(self) -> None:
+        """From now on Stop and Clear see to the page themselves."""
+        with self._lock:
+            self.phase = "over"
+
+
+def _begin(session: ChatSession, history: History, typed: dict[str, Any], turns: list[Turn]) -> tuple:
+    """Show the user's message and note its turn, or say why it cannot be sent and leave it in the box."""
     content = [{"path": path} for path in typed["files"]] + ([typed["text"]] if typed["text"].strip() else [])
     message = {"role": "user", "content": content}
+    turns = _with_new(turns)
     try:
         session.check(Message("user", typed["text"], tuple(Path(path) for path in typed["files"])))
     except UserError as error:
-        return gr.skip(), gr.skip(), _notice(str(error)), None
-    return [*history, message], _busy_box(), _notice(None), threading.Event()
+        turns[-1].end()
+        return gr.skip(), gr.skip(), _notice(str(error)), turns
+    return [*history, message], _busy_box(), _notice(None), turns
 
 
 def _answer(
-    session: ChatSession, history: History, stop: threading.Event | None, temperature: float, max_new_tokens: int
+    session: ChatSession, history: History, turns: list[Turn], temperature: float, max_new_tokens: int
 ) -> Iterator[tuple]:
     """Stream the answer into the page. If an error leaves none, the question goes back into the box."""
-    if stop is None:  # the message was refused
+    turn = next(turn for turn in turns if turn.phase == "waiting")  # queued in the order they were asked
+    if not turn.begin():  # refused, or stopped while it waited
         yield gr.skip(), gr.skip(), gr.skip()
         return
     text, problem = "", None
     try:
         reply = session.reply(
-            _messages(history), stop=stop, temperature=temperature, max_new_tokens=int(max_new_tokens)
+            _messages(history), stop=turn.stop, temperature=temperature, max_new_tokens=int(max_new_tokens)
         )
         with closing(reply):
             for text in reply:
                 yield [*history, {"role": "assistant", "content": text}], gr.skip(), gr.skip()
-        if not text:
+        if not text and not turn.stop.is_set():
             problem = "The model gave an empty answer."
     except UserError as error:
         problem = str(error)
     except Exception as error:  # the page must stay usable: out of memory, a lost device
         logger.exception("The model failed while answering")
         problem = f"The model failed ({type(error).__name__}: {error}). The log has the details."
-    if text:
+    turn.finish()
+    if turn.is_cleared:
+        yield _empty_page()
+    elif text:
         yield gr.skip(), _ready_box(), _notice(problem)
     else:
         yield *_withdraw(history), _notice(problem)
 
 
-def _retry(history: History) -> tuple:
-    return history[: _last_question(history) + 1], _busy_box(), _notice(None), threading.Event()
+def _retry(history: History, turns: list[Turn]) -> tuple:
+    return history[: _last_question(history) + 1], _busy_box(), _notice(None), _with_new(turns)
+
+
+def _with_new(turns: list[Turn]) -> list[Turn]:
+    """Those that `_answer` has still to meet, and one more."""
+    return [*(turn for turn in turns if turn.phase == "waiting"), Turn()]
+
+
+def _stop(history: History, turns: list[Turn]) -> tuple:
+    """End the answer where it is. If it had not begun, the question goes back into the box."""
+    return _withdraw(history) if turns[-1].end() == "waiting" else (gr.skip(), gr.skip())
+
+
+def _clear(turns: list[Turn]) -> tuple:
+    is_answering = bool(turns) and turns[-1].end(clear=True) == "answering"
+    return (gr.skip(), gr.skip(), gr.skip()) if is_answering else _empty_page()
 
 
 def _undo(history: History) -> tuple:
     return *_withdraw(history), _notice(None)
-
-
-def _stop(history: History, stop: threading.Event) -> tuple:
-    """End the answer where it is. If it had not begun, the question goes back into the box."""
-    stop.set()
-    return _withdraw(history) if history[-1]["role"] == "user" else (gr.skip(), _ready_box())
-
-
-def _clear(stop: threading.Event | None) -> tuple:
-    if stop:
-        stop.set()
-    return [], _ready_box(), _notice(None), None
 
 
 def _fill_in(example: gr.SelectData) -> dict[str, Any]:
@@ -235,6 +275,10 @@ def _header(model: str, adapter: str | None) -> str:
 
 def _busy_box() -> dict:
     return gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True)
+
+
+def _empty_page() -> tuple:
+    return [], _ready_box(), _notice(None)
 
 
 def _ready_box(text: str = "", files: list[str] | None = None) -> dict:

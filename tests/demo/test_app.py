@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import re
-import threading
 import urllib.request
 
 import pytest
@@ -35,7 +34,7 @@ def question(text="What?", *pictures):
 
 
 def answer(session, history):
-    return list(page._answer(session, history, threading.Event(), 0.0, 8))
+    return list(page._answer(session, history, [page.Turn()], 0.0, 8))
 
 
 def test_an_error_before_any_text_puts_the_question_back_into_the_box():
@@ -58,11 +57,42 @@ def test_an_empty_answer_is_said_to_be_empty():
     assert "empty answer" in notice["value"]
 
 
+def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
+    turn = page.Turn()
+    pieces = page._answer(Scripted("two", "two cells"), [question()], [turn], 0.0, 8)
+    next(pieces)
+    assert not any({"value", "interactive"} & part.keys() for part in page._stop([question()], [turn]))
+    *_, (history, box, notice) = pieces
+    assert "value" not in history
+    assert box["interactive"]
+    assert not notice["visible"]
+
+
+def test_clear_under_way_leaves_the_page_to_the_answer_which_empties_it_last():
+    turn = page.Turn()
+    pieces = page._answer(Scripted("two", "two cells"), [question()], [turn], 0.0, 8)
+    next(pieces)
+    assert "value" not in page._clear([turn])[0]
+    *_, (history, box, _) = pieces
+    assert history == []
+    assert box["interactive"]
+    assert page._clear([turn])[0] == []  # the answer is over: nobody else would
+
+
+def test_a_turn_stopped_while_it_waits_gives_its_question_back_and_never_answers():
+    stale = page.Turn()
+    assert page._stop([question("Mine?")], [stale])[1]["value"]["text"] == "Mine?"
+    turns = page._with_new([stale])
+    ((unchanged, *_),) = page._answer(Scripted("two"), [question("Mine?")], turns, 0.0, 8)
+    assert "value" not in unchanged
+    assert page._answer(Scripted("two"), [question("Yours?")], turns, 0.0, 8).send(None)[0][-1]["content"] == "two"
+
+
 def test_retry_asks_the_last_question_again_with_its_pictures():
     told = [question("First?"), {"role": "assistant", "content": "1"}, question("Next?", "a.png")]
-    history, _, _, stop = page._retry([*told, {"role": "assistant", "content": "2"}])
+    history, _, _, (turn,) = page._retry([*told, {"role": "assistant", "content": "2"}], [])
     assert history == told
-    assert not stop.is_set()
+    assert turn.begin()
 
 
 def test_undo_takes_back_the_last_turn_alone():
@@ -75,9 +105,9 @@ def test_undo_takes_back_the_last_turn_alone():
 def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
-    history, box, notice, stop = page._begin(Scripted(), [], {"text": "What?", "files": [str(bad)]})
+    history, box, notice, (turn,) = page._begin(Scripted(), [], {"text": "What?", "files": [str(bad)]}, [])
     assert "bad.png" in notice["value"]
-    assert stop is None
+    assert not turn.begin()
     assert "value" not in history
     assert "value" not in box
 
