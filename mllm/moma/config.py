@@ -34,6 +34,8 @@ class MomaConfig(LlamaConfig):
             [image_token_start, image_token_start + codebook_size), else text; the two markers are text.
         image_token_start: id of the first image code. None: the codes are the last ids of the vocabulary.
         begin_image_token_id, end_image_token_id: markers around a picture, for those who write and read sequences.
+        image_side: tokens a side of a picture, for embeddings of an image token's row and column, added to its own
+            (as in DALL·E, 2102.12092; Chameleon and MoMa have none). 0: none.
         expert_groups: {"all": 1} is dense, {"all": 8} mixed, {"text": 4, "image": 4} split by modality, with "shared"
             experts open to both (as in MoIIE, 2508.09779). See `preset`.
         routing: "expert_choice", each expert takes its share of the batch's tokens by a sigmoid score that also weighs
@@ -72,6 +74,7 @@ class MomaConfig(LlamaConfig):
     image_token_start: int | None = None
     begin_image_token_id: int | None = None
     end_image_token_id: int | None = None
+    image_side: int = 0
 
     expert_groups: dict[str, int] | None = None
     routing: str = "expert_choice"
@@ -159,6 +162,8 @@ class MomaConfig(LlamaConfig):
                 f"Image codes {self.image_token_start} .. {self.image_token_start + self.codebook_size - 1} do not fit "
                 f"a vocabulary of {self.vocab_size}; raise vocab_size or lower codebook_size."
             )
+        if self.image_side and self.begin_image_token_id is None:
+            raise UserError(f"image_side={self.image_side} counts from the begin of a picture: give its token's id.")
         if self.mixture_of_depths is not None and not 0 < self.mixture_of_depths < 1:
             raise UserError(f"mixture_of_depths is a share between 0 and 1, got {self.mixture_of_depths}.")
         if self.is_dense and self.shared_expert_intermediate_size:

@@ -40,9 +40,11 @@ class MomaContext(RoutingContext):
             starts_BS = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).long()
             self.document_BS = starts_BS.cumsum(1).expand(self.batch_size, -1)
         self.mode, self.choices = mode, {}
-        ids_T = self.token_ids_T
-        end = self.image_token_start + self.codebook_size
-        self.is_image_T = None if ids_T is None else (ids_T >= self.image_token_start) & (ids_T < end)
+        self.is_image_T = None if self.token_ids_T is None else self.is_image(self.token_ids_T)
+
+    def is_image(self, ids: Tensor) -> Tensor:
+        """Which ids are image codes."""
+        return (ids >= self.image_token_start) & (ids < self.image_token_start + self.codebook_size)
 
     @property
     def is_packed(self) -> bool:

@@ -36,6 +36,7 @@ from mllm.moma.config import MomaConfig
 from mllm.moma.context import MomaContext
 from mllm.moma.depth import attend_chosen
 from mllm.moma.expert_choice import MODES, AuxiliaryRouter, ChoiceRouter, ExpertChoice, auxiliary_loss, mean_over_ranks
+from mllm.moma.places import PlaceEmbeddings, cache_ids, cached_ids, places
 from mllm.routing import (
     BALANCE_LOSSES,
     BalanceWindow,
@@ -292,6 +293,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
         self.routing_context = MomaContext(config.image_token_start, config.codebook_size)
         self._evaluation_mode: str | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_places = PlaceEmbeddings(config) if config.image_side else None
         self.layers = nn.ModuleList(
             [MomaDecoderLayer(config, layer, self.routing_context) for layer in range(config.num_hidden_layers)]
         )
@@ -343,6 +345,9 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
             position_ids=position_ids if past_key_values is None else None,
             expects_gradient=self.training and torch.is_grad_enabled(),
         )
+        ids_BS = input_ids
+        if self.embed_places is not None:
+            input_ids, inputs_embeds = None, self._embed(input_ids, past_key_values)
         try:
             output = super().forward(
                 input_ids=input_ids,
@@ -355,9 +360,21 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
             )
         finally:
             self.routing_context.end()
+        if self.embed_places is not None and output.past_key_values is not None:
+            cache_ids(output.past_key_values, self.config.num_hidden_layers, ids_BS)
         if mode == "batch":
             self._track_thresholds()
         return output
+
+    def _embed(self, ids_BS: Tensor | None, cache: Cache | None) -> Tensor:
+        if ids_BS is None:
+            raise UserError(
+                "A model with image_side knows a token's place by its id: give input_ids, not inputs_embeds."
+            )
+        earlier_BP = cached_ids(cache, self.config.num_hidden_layers)
+        ids_BL = ids_BS if earlier_BP is None else torch.cat([earlier_BP, ids_BS], dim=1)
+        place_BL = places(ids_BL, self.embed_places.begin, self.routing_context.is_image(ids_BL))
+        return self.embed_tokens(ids_BS) + self.embed_places(place_BL[:, -ids_BS.shape[1] :])
 
     def _track_thresholds(self) -> None:
         # After the layers and not in them: recomputation would count a batch twice. One message for all layers.

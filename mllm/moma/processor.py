@@ -64,6 +64,11 @@ class MomaProcessor:
                     f"The model has {field}={found}, text and image tokenizer together {expected}: use those that it "
                     "was trained with."
                 )
+        if config.image_side not in (0, self.image_tokenizer.side):
+            raise UserError(
+                f"The model has image_side={config.image_side}, the image tokenizer makes {self.image_tokenizer.side} "
+                "tokens a side: use the one that it was trained with, or image_side 0."
+            )
 
     # -- documents and ids ---------------------------------------------------------------------------------------------
 

@@ -72,7 +72,9 @@ def kind_of(folder: Path) -> str:
 def moma_config(section: MomaModelSection, processor: MomaProcessor) -> MomaConfig:
     """Raises UserError for an unknown field (the nearest is named) and for values that do not go together."""
     check_fields(section)
-    return MomaConfig.preset(section.preset, **processor.config_fields, **section.fields)
+    config = MomaConfig.preset(section.preset, **processor.config_fields, **section.fields)
+    processor.check(config)
+    return config
 
 
 def check_fields(section: MomaModelSection) -> None:

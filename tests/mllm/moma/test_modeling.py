@@ -43,6 +43,7 @@ CAUSAL = {
     "token choice": lambda: tiny_moma("3t2i", **TOKEN_CHOICE),
     "token choice, nulls": lambda: tiny_moma("4x", **BRIDGE),
     "1t1i": lambda: tiny_moma("1t1i"),
+    "places": lambda: tiny_moma(image_side=2, begin_image_token_id=int(IDS[0, 1])),
 }
 every_causal_model = pytest.mark.parametrize("name", CAUSAL)
 
