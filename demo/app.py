@@ -81,11 +81,14 @@ def build_app(
             temperature = gr.Slider(0.0, 1.5, value=0.0, step=0.05, label="Temperature (0: the likeliest token)")
             max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
         turns = gr.State([])
+        asked = gr.Number(
+            visible=False, precision=0
+        )  # which turn: a State is read when a step starts, this when it queues
 
         unqueued = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         model_step = {
             "fn": partial(_answer, session),
-            "inputs": [chatbot, turns, temperature, max_new_tokens],
+            "inputs": [chatbot, turns, asked, temperature, max_new_tokens],
             "outputs": [chatbot, box, notice],
             "concurrency_limit": 1,
             "concurrency_id": "model",
@@ -95,11 +98,12 @@ def build_app(
             "api_visibility": "private",
         }
         parts = [chatbot, box, notice]
-        box.submit(partial(_begin, session), [chatbot, box, turns], [*parts, turns], **unqueued).then(**model_step)
-        chatbot.retry(_retry, [chatbot, turns], [*parts, turns], **unqueued).then(**model_step)
+        turn = [*parts, turns, asked]
+        box.submit(partial(_begin, session), [chatbot, box, turns], turn, **unqueued).then(**model_step)
+        chatbot.retry(_retry, [chatbot, turns], turn, **unqueued).then(**model_step)
         box.stop(_stop, [chatbot, turns], [chatbot, box], **unqueued)
         chatbot.clear(_clear, [turns], parts, **unqueued)
-        chatbot.undo(_undo, [chatbot], parts, **unqueued)
+        chatbot.undo(_undo, [chatbot, turns], parts, **unqueued)
         chatbot.example_select(_fill_in, None, [box], **unqueued)
     return app
 
@@ -148,15 +152,19 @@ class Turn:
     def begin(self) -> bool:
         """Whether an answer is still wanted; it must `finish` then."""
         with self._lock:
-            self.phase = "over" if self.stop.is_set() else "answering"
+            if self.phase == "waiting":
+                self.phase = "answering"
             return self.phase == "answering"
 
     def end(self, *, clear: bool = False) -> str:
-        """Stop it. Returns its phase: in "answering" the answer itself sees to the page."""
+        """Stop it. Returns the phase it was in: where that is "answering", the answer itself sees to the page."""
         with self._lock:
+            phase = self.phase
             self.stop.set()
-            self.is_cleared |= clear and self.phase == "answering"
-            return self.phase
+            if phase == "waiting":
+                self.phase = "over"
+            self.is_cleared |= clear and phase == "answering"
+            return phase
 
     def finish(self) -> None:
         """From now on Stop and Clear see to the page themselves."""
@@ -168,68 +176,83 @@ def _begin(session: ChatSession, history: History, typed: dict[str, Any], turns:
     """Show the user's message and note its turn, or say why it cannot be sent and leave it in the box."""
     content = [{"path": path} for path in typed["files"]] + ([typed["text"]] if typed["text"].strip() else [])
     message = {"role": "user", "content": content}
-    turns = _with_new(turns)
     try:
         session.check(Message("user", typed["text"], tuple(Path(path) for path in typed["files"])))
     except UserError as error:
-        turns[-1].end()
-        return gr.skip(), gr.skip(), _notice(str(error)), turns
-    return [*history, message], _busy_box(), _notice(None), turns
+        return gr.skip(), gr.skip(), _notice(str(error)), gr.skip(), None
+    return [*history, message], _busy_box(), _notice(None), [*turns, Turn()], len(turns)
 
 
 def _answer(
-    session: ChatSession, history: History, turns: list[Turn], temperature: float, max_new_tokens: int
+    session: ChatSession,
+    history: History,
+    turns: list[Turn],
+    asked: int | None,
+    temperature: float,
+    max_new_tokens: int,
 ) -> Iterator[tuple]:
     """Stream the answer into the page. If an error leaves none, the question goes back into the box."""
-    turn = next(turn for turn in turns if turn.phase == "waiting")  # queued in the order they were asked
-    if not turn.begin():  # refused, or stopped while it waited
-        yield gr.skip(), gr.skip(), gr.skip()
+    unchanged = gr.skip(), gr.skip(), gr.skip()
+    if asked is None or not turns[asked].begin():  # refused, or stopped while it waited
+        yield unchanged
         return
+    turn = turns[asked]
+    try:
+        yield from _pieces(session, history, turn.stop, temperature=temperature, max_new_tokens=int(max_new_tokens))
+    finally:
+        turn.finish()
+    # The page takes the last piece twice; after it somebody may have emptied the page.
+    yield _empty_page() if turn.is_cleared else unchanged
+
+
+def _pieces(session: ChatSession, history: History, stop: threading.Event, **options: Any) -> Iterator[tuple]:
     text, problem = "", None
     try:
-        reply = session.reply(
-            _messages(history), stop=turn.stop, temperature=temperature, max_new_tokens=int(max_new_tokens)
-        )
-        with closing(reply):
+        with closing(session.reply(_messages(history), stop=stop, **options)) as reply:
             for text in reply:
                 yield [*history, {"role": "assistant", "content": text}], gr.skip(), gr.skip()
-        if not text and not turn.stop.is_set():
+        if not text and not stop.is_set():
             problem = "The model gave an empty answer."
     except UserError as error:
         problem = str(error)
     except Exception as error:  # the page must stay usable: out of memory, a lost device
         logger.exception("The model failed while answering")
         problem = f"The model failed ({type(error).__name__}: {error}). The log has the details."
-    turn.finish()
-    if turn.is_cleared:
-        yield _empty_page()
-    elif text:
+    if text:
         yield gr.skip(), _ready_box(), _notice(problem)
     else:
         yield *_withdraw(history), _notice(problem)
 
 
 def _retry(history: History, turns: list[Turn]) -> tuple:
-    return history[: _last_question(history) + 1], _busy_box(), _notice(None), _with_new(turns)
+    if _is_answering(turns):
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), None
+    history = history[: _last_question(history) + 1]
+    return history, _busy_box(), _notice(None), [*turns, Turn()], len(turns)
 
 
-def _with_new(turns: list[Turn]) -> list[Turn]:
-    """Those that `_answer` has still to meet, and one more."""
-    return [*(turn for turn in turns if turn.phase == "waiting"), Turn()]
+def _undo(history: History, turns: list[Turn]) -> tuple:
+    return (gr.skip(), gr.skip(), gr.skip()) if _is_answering(turns) else (*_withdraw(history), _notice(None))
+
+
+def _is_answering(turns: list[Turn]) -> bool:
+    """Whether an answer is still to end, though the page may offer to take it back."""
+    return bool(turns) and turns[-1].phase == "answering"
 
 
 def _stop(history: History, turns: list[Turn]) -> tuple:
     """End the answer where it is. If it had not begun, the question goes back into the box."""
-    return _withdraw(history) if turns[-1].end() == "waiting" else (gr.skip(), gr.skip())
+    phase = turns[-1].end()
+    if phase == "waiting":
+        return _withdraw(history)
+    return gr.skip(), gr.skip() if phase == "answering" else gr.update(
+        interactive=True, submit_btn=True, stop_btn=False
+    )
 
 
 def _clear(turns: list[Turn]) -> tuple:
     is_answering = bool(turns) and turns[-1].end(clear=True) == "answering"
     return (gr.skip(), gr.skip(), gr.skip()) if is_answering else _empty_page()
-
-
-def _undo(history: History) -> tuple:
-    return *_withdraw(history), _notice(None)
 
 
 def _fill_in(example: gr.SelectData) -> dict[str, Any]:

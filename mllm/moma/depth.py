@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from mllm.errors import UserError
+from mllm.moma.cache import depth_layer, remember
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -50,27 +51,13 @@ def attend_chosen(
 def _attend_masked(
     attention: nn.Module, hidden_BSD: Tensor, is_chosen_BS: Tensor, position_embeddings: Rotary, past: Cache
 ) -> Tensor:
-    is_key_BK = _remember(past, attention, is_chosen_BS)
+    # Kept in the cache: which tokens the layer has worked on.
+    is_key_BK = remember(past, depth_layer(attention.config, attention.layer_idx), is_chosen_BS)
     mask = causal_mask(is_key_BK, hidden_BSD.shape[1], attention.config._attn_implementation, hidden_BSD.dtype)
     output_BSD, _ = attention(
         hidden_BSD, position_embeddings=position_embeddings, attention_mask=mask, past_key_values=past
     )
     return output_BSD
-
-
-def _remember(past: Cache, attention: nn.Module, is_chosen_BS: Tensor) -> Tensor:
-    """bool [B, K] which tokens of this call and earlier ones the layer has worked on.
-
-    Kept in a cache layer of its own behind those of the model, in the shape of keys, so that beam search and cropping
-    treat it as they treat keys.
-    """
-    if not isinstance(past, DynamicCache):
-        raise UserError(f"mixture_of_depths keeps a DynamicCache only, got {type(past).__name__}.")
-    place = attention.config.num_hidden_layers + attention.layer_idx // 2
-    while len(past.layers) <= place:
-        past.layers.append(DynamicLayer())
-    flags_B1S1 = is_chosen_BS[:, None, :, None]
-    return past.update(flags_B1S1, flags_B1S1, place)[0][:, 0, :, 0]
 
 
 def causal_mask(

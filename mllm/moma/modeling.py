@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,11 +32,12 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 
 from mllm.errors import UserError
+from mllm.moma.cache import ids_layer, remember
 from mllm.moma.config import MomaConfig
 from mllm.moma.context import MomaContext
 from mllm.moma.depth import attend_chosen
 from mllm.moma.expert_choice import MODES, AuxiliaryRouter, ChoiceRouter, ExpertChoice, auxiliary_loss, mean_over_ranks
-from mllm.moma.places import PlaceEmbeddings, cache_ids, cached_ids, places
+from mllm.moma.places import PlaceEmbeddings, places
 from mllm.routing import (
     BALANCE_LOSSES,
     BalanceWindow,
@@ -345,9 +346,12 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
             position_ids=position_ids if past_key_values is None else None,
             expects_gradient=self.training and torch.is_grad_enabled(),
         )
-        ids_BS = input_ids
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.training or self.routing_context.is_packed)
         if self.embed_places is not None:
-            input_ids, inputs_embeds = None, self._embed(input_ids, past_key_values)
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            input_ids, inputs_embeds = None, self._embed(input_ids, inputs_embeds, past_key_values)
         try:
             output = super().forward(
                 input_ids=input_ids,
@@ -355,24 +359,21 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                use_cache=False if self.training or self.routing_context.is_packed else use_cache,
+                use_cache=use_cache,
                 **kwargs,
             )
         finally:
             self.routing_context.end()
-        if self.embed_places is not None and output.past_key_values is not None:
-            cache_ids(output.past_key_values, self.config.num_hidden_layers, ids_BS)
         if mode == "batch":
             self._track_thresholds()
         return output
 
-    def _embed(self, ids_BS: Tensor | None, cache: Cache | None) -> Tensor:
-        if ids_BS is None:
+    def _embed(self, ids_BS: Tensor | None, inputs_embeds: Tensor | None, past: Cache | None) -> Tensor:
+        if ids_BS is None or inputs_embeds is not None:
             raise UserError(
                 "A model with image_side knows a token's place by its id: give input_ids, not inputs_embeds."
             )
-        earlier_BP = cached_ids(cache, self.config.num_hidden_layers)
-        ids_BL = ids_BS if earlier_BP is None else torch.cat([earlier_BP, ids_BS], dim=1)
+        ids_BL = ids_BS if past is None else remember(past, ids_layer(self.config), ids_BS)
         place_BL = places(ids_BL, self.embed_places.begin, self.routing_context.is_image(ids_BL))
         return self.embed_tokens(ids_BS) + self.embed_places(place_BL[:, -ids_BS.shape[1] :])
 

@@ -1,20 +1,19 @@
 """Where in its picture an image token stands, as learned embeddings of row and column (DALL·E, 2102.12092).
 
 Rotary positions tell how far apart two tokens are; what a caption says of "the top left" asks for the place itself.
-B batch, S sequence, L tokens so far, D width, G tokens a side.
+B batch, S sequence, L tokens so far (S and those cached), D width, G tokens a side.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
 
 from mllm.moma.config import MomaConfig
 
 
 class PlaceEmbeddings(nn.Module):
-    """Row and column of image tokens; nothing for words, markers, and codes outside a picture or beyond its last."""
+    """Row and column of image tokens; nothing for words, markers, and codes farther than G·G from a begin."""
 
     def __init__(self, config: MomaConfig) -> None:
         super().__init__()
@@ -37,18 +36,3 @@ def places(ids_BL: Tensor, begin: int, is_image_BL: Tensor) -> Tensor:
     index_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     begin_BL = torch.where(ids_BL == begin, index_L, -1).cummax(1).values
     return torch.where(is_image_BL & (begin_BL >= 0), index_L - begin_BL - 1, -1)
-
-
-def cached_ids(cache: Cache | None, num_layers: int) -> Tensor | None:
-    """int64 [B, L] the ids that `cache_ids` kept."""
-    if cache is None or len(cache.layers) <= num_layers or not cache.layers[num_layers].is_initialized:
-        return None
-    return cache.layers[num_layers].keys[:, 0, :, 0]
-
-
-def cache_ids(cache: Cache, num_layers: int, ids_BS: Tensor) -> None:
-    """Keeps the ids as one more layer of the cache, so that they are cropped and reordered like all it holds."""
-    if len(cache.layers) == num_layers:
-        cache.layers.append(DynamicLayer())
-    ids_B1S1 = ids_BS[:, None, :, None]
-    cache.layers[num_layers].update(ids_B1S1, ids_B1S1)

@@ -130,7 +130,8 @@ def from_language_model(model: LlamaForCausalLM, *, codebook_size: int, **change
     }
     moma = MomaForCausalLM(MomaConfig.from_dict({**settings, **changes}))
     moma.to(device=model.device, dtype=model.dtype)
-    state = {_renamed(name): tensor for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in moma.state_dict().items() if "embed_places" in name}
+    state |= {_renamed(name): tensor for name, tensor in model.state_dict().items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.cat([state[name], moma.get_parameter(name).detach()[words:]])
     moma.load_state_dict(state)

@@ -6,6 +6,7 @@ import os
 import re
 import urllib.request
 
+import gradio as gr
 import pytest
 
 from demo import app as page
@@ -34,7 +35,9 @@ def question(text="What?", *pictures):
 
 
 def answer(session, history):
-    return list(page._answer(session, history, [page.Turn()], 0.0, 8))
+    pieces = list(page._answer(session, history, [page.Turn()], 0, 0.0, 8))
+    assert pieces.pop() == (gr.skip(),) * 3  # Gradio sends the last piece again when the answer is complete
+    return pieces
 
 
 def test_an_error_before_any_text_puts_the_question_back_into_the_box():
@@ -57,47 +60,68 @@ def test_an_empty_answer_is_said_to_be_empty():
     assert "empty answer" in notice["value"]
 
 
-def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
+def under_way():
+    """A turn whose answer has begun, and what is still to come of it."""
     turn = page.Turn()
-    pieces = page._answer(Scripted("two", "two cells"), [question()], [turn], 0.0, 8)
+    pieces = page._answer(Scripted("two", "two cells"), [question()], [turn], 0, 0.0, 8)
     next(pieces)
-    assert not any({"value", "interactive"} & part.keys() for part in page._stop([question()], [turn]))
-    *_, (history, box, notice) = pieces
-    assert "value" not in history
+    return turn, pieces
+
+
+def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
+    turn, pieces = under_way()
+    assert page._stop([question()], [turn]) == (gr.skip(), gr.skip())
+    *_, (history, box, notice), _ = pieces
+    assert history == gr.skip()
     assert box["interactive"]
     assert not notice["visible"]
 
 
 def test_clear_under_way_leaves_the_page_to_the_answer_which_empties_it_last():
-    turn = page.Turn()
-    pieces = page._answer(Scripted("two", "two cells"), [question()], [turn], 0.0, 8)
-    next(pieces)
-    assert "value" not in page._clear([turn])[0]
+    turn, pieces = under_way()
+    assert page._clear([turn])[0] == gr.skip()
     *_, (history, box, _) = pieces
     assert history == []
     assert box["interactive"]
     assert page._clear([turn])[0] == []  # the answer is over: nobody else would
 
 
+def test_until_an_answer_has_ended_nothing_of_it_is_taken_back_or_asked_again():
+    turn, pieces = under_way()
+    page._stop([question()], [turn])
+    assert page._undo([question()], [turn])[0] == gr.skip()
+    assert page._retry([question()], [turn])[-1] is None
+    list(pieces)
+    assert page._undo([question()], [turn])[0] == []
+    assert page._retry([question()], [turn])[-1] == 1
+
+
 def test_a_turn_stopped_while_it_waits_gives_its_question_back_and_never_answers():
-    stale = page.Turn()
-    assert page._stop([question("Mine?")], [stale])[1]["value"]["text"] == "Mine?"
-    turns = page._with_new([stale])
-    ((unchanged, *_),) = page._answer(Scripted("two"), [question("Mine?")], turns, 0.0, 8)
-    assert "value" not in unchanged
-    assert page._answer(Scripted("two"), [question("Yours?")], turns, 0.0, 8).send(None)[0][-1]["content"] == "two"
+    turns = [page.Turn(), page.Turn()]
+    assert page._stop([question("Mine?")], turns[:1])[1]["value"]["text"] == "Mine?"
+    assert "value" not in page._stop([], turns[:1])[1]  # pressed twice
+    assert list(page._answer(Scripted("two"), [question("Mine?")], turns, 0, 0.0, 8)) == [(gr.skip(),) * 3]
+    (history, *_), *_ = page._answer(Scripted("two"), [question("Yours?")], turns, 1, 0.0, 8)
+    assert history[-1]["content"] == "two"
+
+
+def test_an_answer_that_is_cut_off_leaves_its_turn_over():
+    turn, pieces = under_way()
+    pieces.close()
+    assert page._stop([question()], [turn])[1]["interactive"]
 
 
 def test_retry_asks_the_last_question_again_with_its_pictures():
     told = [question("First?"), {"role": "assistant", "content": "1"}, question("Next?", "a.png")]
-    history, _, _, (turn,) = page._retry([*told, {"role": "assistant", "content": "2"}], [])
+    history, _, _, turns, asked = page._retry([*told, {"role": "assistant", "content": "2"}], [page.Turn()])
     assert history == told
-    assert turn.begin()
+    assert len(turns) == 2
+    assert turns[asked].begin()
 
 
 def test_undo_takes_back_the_last_turn_alone():
     told = [question("First?"), {"role": "assistant", "content": [{"type": "text", "text": "1"}]}]
-    history, box, _ = page._undo([*told, question("Next?", "a.png"), {"role": "assistant", "content": "2"}])
+    history, box, _ = page._undo([*told, question("Next?", "a.png"), {"role": "assistant", "content": "2"}], [])
     assert history == told
     assert box["value"] == {"text": "Next?", "files": ["a.png"]}
 
@@ -105,9 +129,10 @@ def test_undo_takes_back_the_last_turn_alone():
 def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
-    history, box, notice, (turn,) = page._begin(Scripted(), [], {"text": "What?", "files": [str(bad)]}, [])
+    history, box, notice, turns, asked = page._begin(Scripted(), [], {"text": "What?", "files": [str(bad)]}, [])
     assert "bad.png" in notice["value"]
-    assert not turn.begin()
+    assert asked is None
+    assert turns == gr.skip()
     assert "value" not in history
     assert "value" not in box
 

@@ -43,10 +43,10 @@ def test_a_codes_row_and_column_are_added_and_nothing_to_other_tokens():
     assert not embedded[[0, 5]].any()
 
 
-@pytest.mark.parametrize("preset", ["2t2i", "dense"])
+@pytest.mark.parametrize("fields", [{}, {"mixture_of_depths": 0.5}])
 @pytest.mark.parametrize("piece", [1, 3])
-def test_with_a_cache_places_are_those_of_the_whole_row(preset, piece):
-    model, cache, got = model_with_places(preset), None, []
+def test_with_a_cache_places_are_those_of_the_whole_row(fields, piece):
+    model, cache, got = model_with_places(**fields), None, []
     for ids in IDS.split(piece, dim=1):
         with torch.no_grad():
             output = model(ids, past_key_values=cache, use_cache=True)
@@ -56,8 +56,9 @@ def test_with_a_cache_places_are_those_of_the_whole_row(preset, piece):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"guidance_scale": 2.0}, {}])
-def test_every_kind_of_decoding_gives_with_the_cache_what_it_gives_without(options):
-    model = model_with_places()
+@pytest.mark.parametrize("fields", [{}, {"mixture_of_depths": 0.5}])
+def test_every_kind_of_decoding_gives_with_the_cache_what_it_gives_without(options, fields):
+    model = model_with_places(**fields)
     if "guidance_scale" in options:
         options = {**options, "negative_prompt_ids": torch.tensor([[1, BEGIN, CODE]] * 2)}
     options = {**options, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -89,6 +90,8 @@ def test_what_cannot_have_places_is_refused():
     model = model_with_places("4x")
     with pytest.raises(UserError, match="give input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(IDS))
+    with pytest.raises(UserError, match="give input_ids"):
+        model(IDS, inputs_embeds=model.get_input_embeddings()(IDS))
     processor = tiny_processor()
     with pytest.raises(UserError, match=f"image_side={SIDE + 1}, the image tokenizer makes {SIDE}"):
         processor.check(tiny_model(processor, image_side=SIDE + 1).config)

@@ -100,9 +100,10 @@ def test_what_a_seed_cannot_give_is_refused(preset, groups, options, match):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_llama_turned_into_moma_computes_on_text_what_it_did(tied):
+@pytest.mark.parametrize("fields", [{}, {"image_side": 2}])
+def test_a_llama_turned_into_moma_computes_on_text_what_it_did(tied, fields):
     llama = tiny_llama(tie_word_embeddings=tied)
-    model = from_language_model(llama, codebook_size=6).eval()
+    model = from_language_model(llama, codebook_size=6, **fields).eval()
     words = llama.config.vocab_size
     assert (model.config.image_token_start, model.config.vocab_size) == (words + 2, words + 8)
     torch.testing.assert_close(scores(model, TEXT)[..., :words], scores(llama, TEXT))
