@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 from transformers import Emu3VQVAE, PreTrainedModel
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
@@ -188,6 +190,32 @@ def revive_codes(tokenizer: ImageTokenizer, counts_C: Tensor, latents: Tensor, g
         chosen = torch.randint(len(latents), (len(dead),), generator=generator)
         tokenizer.model.quantize.embedding.weight[dead] = latents[chosen].to(tokenizer.model.dtype)
     return len(dead)
+
+
+@torch.no_grad()
+def distinct_codes(tokenizer: ImageTokenizer, pictures: Sequence[Image.Image], keep: int) -> ImageTokenizer:
+    """The tokenizer with at most `keep` codes: of each group that points the same way the one that pictures use most.
+
+    Codes crowd where pictures are alike, and which of several alike is nearest hangs on next to nothing: a language
+    model can only guess it, token for token. Groups are those of average linkage over codes of length one.
+    Raises UserError for a model of another kind, and where there are fewer codes.
+    """
+    model = tokenizer.model
+    if not isinstance(model, JanusVQVAE) or not 0 < keep <= tokenizer.codebook_size:
+        raise UserError(
+            f"{keep} distinct codes cannot be kept of a {type(model).__name__} with {tokenizer.codebook_size}."
+        )
+    weight_CZ = F.normalize(model.quantize.embedding.weight.float(), dim=1).cpu()
+    uses_C = tokenizer.encode(pictures).flatten().cpu().bincount(minlength=len(weight_CZ))
+    group_C = torch.from_numpy(fcluster(linkage(weight_CZ.numpy(), "average"), keep, "maxclust")) - 1
+    kept = torch.stack([uses_C.where(group_C == group, -1).argmax() for group in range(int(group_C.max()) + 1)])
+    config = copy(model.config)
+    config.num_embeddings = len(kept)
+    smaller = JanusVQVAE(config).to(model.device, model.dtype)
+    codes = "quantize.embedding.weight"
+    state = model.state_dict()
+    smaller.load_state_dict({**state, codes: state[codes][kept.to(model.device)]})
+    return ImageTokenizer(smaller)
 
 
 @torch.no_grad()

@@ -138,7 +138,14 @@ def test_stage_image_tokenizer_learns_and_shows_what_it_learned(tmp_path):
         {
             "stage": "image_tokenizer",
             "data": {"miniworld": 16, "held_out": 4},
-            "tokenizer": {"side": 4, "patch": 24, "width": 32, "codebook_size": 16, "revive_every": 10},
+            "tokenizer": {
+                "side": 4,
+                "patch": 24,
+                "width": 32,
+                "codebook_size": 16,
+                "revive_every": 10,
+                "kept_codes": 12,
+            },
             "optim": {"lr": 3e-3},
             "run": {"output_dir": tmp_path / "run", "steps": 30, "batch_size": 8, "log_every": 10},
         }
@@ -148,9 +155,10 @@ def test_stage_image_tokenizer_learns_and_shows_what_it_learned(tmp_path):
     assert entries[-1]["reconstruction_loss"] < entries[0]["reconstruction_loss"]
     figures = json.loads((tmp_path / "run" / "report.json").read_text())["figures"]
     assert figures["pictures"] == 4
-    assert 1 <= figures["code_perplexity"] <= figures["codes_used"] <= 16
+    assert 1 <= figures["code_perplexity"] <= figures["codes_used"] <= 12
     assert Image.open(tmp_path / "run" / "reconstructions.png").size == (4 * 98 - 2, 2 * 98 - 2)
-    assert ImageTokenizer.from_pretrained(tmp_path / "run" / "image_tokenizer").num_tokens == 16
+    tokenizer = ImageTokenizer.from_pretrained(tmp_path / "run" / "image_tokenizer")
+    assert (tokenizer.num_tokens, tokenizer.codebook_size) == (16, 12)
 
 
 def test_routers_stage_freezes_all_else(path, tmp_path):

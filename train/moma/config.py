@@ -47,6 +47,18 @@ class ImageTokenizerSection(Section):
     patch: int = Field(4, gt=0)  # pixels a side that the network sees as one
     quantisation_weight: float = Field(0.25, gt=0)  # of commitment beside reconstruction; codes learn the same by any
     revive_every: int = Field(100, ge=0)  # steps after which unused codes move, but in the last third; 0 never
+    kept_codes: int | None = Field(None, gt=0)  # at the end one of each group of codes alike; null: all are kept
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What ImageTokenizer.small takes."""
+        return self.model_dump(exclude={"quantisation_weight", "revive_every", "kept_codes"})
+
+    @model_validator(mode="after")
+    def keeps_what_there_is(self) -> "ImageTokenizerSection":
+        if self.kept_codes and self.kept_codes > self.codebook_size:
+            raise ValueError(f"kept_codes is {self.kept_codes}, but codebook_size only {self.codebook_size}")
+        return self
 
 
 class MomaModelSection(Section):

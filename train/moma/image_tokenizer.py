@@ -4,6 +4,7 @@ N pictures of a step, C codes. Loss: mean absolute and squared error of pixels, 
 """
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from mllm.errors import UserError
-from mllm.moma.image_tokens import ImageTokenizer, normalise_codes, psnr, reconstruct, revive_codes
+from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
 from mllm.provenance import provenance
 from train.check import SETTINGS
 from train.moma.config import ImageTokenizerConfig
@@ -23,6 +24,7 @@ from train.trainer import LOG
 
 FOLDER = "image_tokenizer"
 GRID = 12  # held-out pictures shown
+COUNTED = 1500  # training pictures that say which codes are used most
 
 
 def train_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
@@ -32,13 +34,16 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     """
     run, settings = config.run, config.tokenizer
     torch.manual_seed(run.seed)
-    tokenizer = ImageTokenizer.small(**settings.model_dump(exclude={"quantisation_weight", "revive_every"}))
+    tokenizer = ImageTokenizer.small(**settings.shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer.model.to(device)
     pixels = training_pixels(config, tokenizer)
     run.output_dir.mkdir(parents=True, exist_ok=True)
     config.save(run.output_dir / SETTINGS)
     learn(config, tokenizer, pixels)
+    if settings.kept_codes:
+        counted = [picture for picture, _ in islice(captioned(config.data, "train"), COUNTED)]
+        tokenizer = distinct_codes(tokenizer, counted, settings.kept_codes)
     tokenizer.save_pretrained(run.output_dir / FOLDER)
     held_out = [picture for picture, _ in captioned(config.data, "test")]
     figures = measure(tokenizer, held_out)
@@ -141,4 +146,4 @@ def check_image_tokenizer(config: ImageTokenizerConfig) -> None:
     folder = Path(config.run.output_dir)
     if (folder / FOLDER).exists() and config.run.resume != "never":
         raise UserError(f"run.output_dir {folder} holds a finished run; set another, or run.resume=never.")
-    ImageTokenizer.small(**config.tokenizer.model_dump(exclude={"quantisation_weight", "revive_every"}))
+    ImageTokenizer.small(**config.tokenizer.shape)

@@ -8,7 +8,7 @@ from transformers import Emu3VQVAE
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
 
 from mllm.errors import UserError
-from mllm.moma.image_tokens import ImageTokenizer, normalise_codes, psnr, reconstruct, revive_codes
+from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
 from tests.tiny import tiny_image
 
 COLOURS = ("red", "green", "blue", "black")
@@ -88,6 +88,27 @@ def test_codes_that_nobody_used_move_to_latents_and_others_stay():
     assert revive_codes(tokenizer, counts, latents, torch.Generator()) == 1
     assert torch.equal(codes_CZ[5], latents[0])
     assert torch.equal(codes_CZ[:5], before[:5])
+
+
+def test_of_codes_that_are_alike_the_one_in_use_is_kept_and_pictures_come_out_the_same():
+    tokenizer = small()
+    codes_CZ = tokenizer.model.quantize.embedding.weight
+    with torch.no_grad():
+        codes_CZ.copy_(torch.nn.functional.normalize(torch.randn(codes_CZ.shape), dim=1))
+        codes_CZ[8:] = codes_CZ[:8] + 1e-4 * torch.randn(8, codes_CZ.shape[1])
+    used = set(tokenizer.encode(PICTURES).flatten().tolist())
+    fewer = distinct_codes(tokenizer, PICTURES, keep=8)
+    kept_CZ = fewer.model.quantize.embedding.weight
+    assert fewer.codebook_size == len(kept_CZ) == 8
+    nearest = torch.cdist(codes_CZ, kept_CZ).argmin(1)
+    assert nearest[:8].tolist() == nearest[8:].tolist()
+    assert sorted(nearest[:8].tolist()) == list(range(8))
+    alone = [code for code in used if (code + 8) % 16 not in used]  # its twin is nobody's
+    assert all((kept_CZ == codes_CZ[code]).all(1).any() for code in alone)
+    before, after = (each.pixels(each.decode(each.encode(PICTURES))) for each in (tokenizer, fewer))
+    torch.testing.assert_close(before, after, atol=0.02, rtol=0)
+    with pytest.raises(UserError, match="17 distinct codes"):
+        distinct_codes(tokenizer, PICTURES, keep=17)
 
 
 def test_psnr_of_equal_pictures_is_high_and_of_opposite_ones_zero():
