@@ -124,6 +124,7 @@ def describe(
             ids,
             attention_mask=torch.ones_like(ids),
             logits_processor=LogitsProcessorList([WholePictures(processor, may_begin=False)]),
+            min_new_tokens=1,  # of a model that also knows documents of a picture alone, a word is asked all the same
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )

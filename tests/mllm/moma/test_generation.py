@@ -91,6 +91,17 @@ def test_a_description_is_words_alone(model, processor):
     assert all(isinstance(text, str) for text in texts)
 
 
+def test_a_model_that_would_rather_end_after_a_picture_says_a_word_first(model, processor):
+    def end(module, inputs, logits):
+        logits[..., processor.tokenizer.eos_token_id] += 1e4
+        return logits
+
+    hook = model.lm_head.register_forward_hook(end)
+    texts = describe(model, processor, PICTURES, max_new_tokens=6)
+    hook.remove()
+    assert all(len(text.split()) == 1 for text in texts)
+
+
 def test_it_is_refused_where_experts_choose_over_the_batch(processor):
     model = tiny_model(processor)
     model.set_evaluation_routing("batch_leaky")
