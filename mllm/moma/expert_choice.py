@@ -48,12 +48,17 @@ def capacities(is_open_TE: Tensor, share: float = 1.0) -> Tensor:
     return bound_E.diff(prepend=bound_E.new_zeros(1))
 
 
-def batch_choice(scores_TE: Tensor, is_open_TE: Tensor, capacity_E: Tensor) -> Tensor:
-    """bool [T, E]: each expert takes the open tokens of highest score; of equal ones, those that come first."""
-    order_TE = scores_TE.masked_fill(~is_open_TE, -torch.inf).argsort(dim=0, descending=True, stable=True)
-    place_T1 = torch.arange(len(scores_TE), device=scores_TE.device)[:, None]
-    place_TE = torch.empty_like(order_TE).scatter_(0, order_TE, place_T1.expand_as(order_TE))
-    return (place_TE < capacity_E) & is_open_TE
+def batch_choice(scores_TE: Tensor, is_open_TE: Tensor, capacity_E: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [T, E]: each expert takes the open tokens of highest score; of equal ones, those that come first.
+
+    With them the lowest score that each expert took, [E]; inf where it took none.
+    """
+    scores_TE = scores_TE.masked_fill(~is_open_TE, -torch.inf)
+    best_CE = scores_TE.topk(int(capacity_E.max()), dim=0).values
+    lowest_1E = F.pad(best_CE, (0, 0, 1, 0), value=torch.inf).gather(0, capacity_E[None])
+    is_above_TE, is_level_TE = scores_TE > lowest_1E, (scores_TE == lowest_1E) & is_open_TE
+    room_E = capacity_E - is_above_TE.sum(0)
+    return is_above_TE | (is_level_TE & (is_level_TE.cumsum(0) <= room_E)), lowest_1E[0]
 
 
 def slow_batch_choice(scores_TE: Tensor, is_open_TE: Tensor, capacity_E: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ def all_ranks(scores_TE: Tensor, is_open_TE: Tensor) -> tuple[Tensor, Tensor, sl
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """What one router's experts chose. Logits and scores are fp32, logits -inf where the modality is not the expert's.
+    """What one router's experts chose. Logits and scores are fp32, -inf and 0 where the modality is not the expert's.
 
     `cutoff_E`: lowest score that was chosen, of all ranks where they choose together; inf where nothing was chosen,
     None where the batch did not choose. `auxiliary_logits_TE`: None where auxiliary routers had nothing to do.
@@ -106,11 +111,10 @@ class ExpertChoice:
     def routing(self) -> Routing:
         """The same as a Routing with one slot for each expert; `router_probs_TX` are the scores over their sum."""
         num_experts = self.scores_TE.shape[1]
-        scores_TE = self.scores_TE.masked_fill(self.logits_TE.isneginf(), 0)
         return Routing(
             router_logits_TX=self.logits_TE,
-            router_probs_TX=F.normalize(scores_TE, p=1, dim=1),
-            expert_ids_TK=torch.arange(num_experts, device=scores_TE.device).expand_as(scores_TE),
+            router_probs_TX=self.scores_TE / self.scores_TE.sum(1, keepdim=True).clamp(min=1e-12),
+            expert_ids_TK=torch.arange(num_experts, device=self.scores_TE.device).expand_as(self.scores_TE),
             is_taken_TK=self.is_chosen_TE,
             expert_weights_TK=self.scores_TE * self.is_chosen_TE,
             num_experts=num_experts,
@@ -192,7 +196,7 @@ class ChoiceRouter(KeepsFp32):
         is_open_TE = allowed_TE & is_open_T[:, None]
         clean_TE = self._logits(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
         logits_TE = self._with_noise(clean_TE)
-        scores_TE = logits_TE.sigmoid().masked_fill(self.is_lone_E, 1)
+        scores_TE = logits_TE.sigmoid().masked_fill(self.is_lone_E & allowed_TE, 1)
         auxiliary_TE = cutoff_E = None
         if context.mode == "aux" or self.trains_auxiliary:
             auxiliary_TE = self.auxiliary(hidden_TD)
@@ -221,8 +225,7 @@ class ChoiceRouter(KeepsFp32):
         own = slice(None)
         if self.is_global:
             scores_TE, is_open_TE, own = all_ranks(scores_TE, is_open_TE)
-        is_chosen_TE = batch_choice(scores_TE, is_open_TE, capacities(is_open_TE, self.share))
-        cutoff_E = F.pad(scores_TE.masked_fill(~is_chosen_TE, torch.inf), (0, 0, 0, 1), value=torch.inf).amin(0)
+        is_chosen_TE, cutoff_E = batch_choice(scores_TE, is_open_TE, capacities(is_open_TE, self.share))
         return is_chosen_TE[own], cutoff_E
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -56,11 +56,26 @@ Norm = Callable[[Tensor], Tensor]
 # -- FFNs --------------------------------------------------------------------------------------------------------------
 
 
-@use_experts_implementation
-class MomaExperts(nn.Module):
-    """E SwiGLU FFNs in two stacked parameters. transformers' `experts_implementation` picks how they are computed.
+def sorted_grouped_mm(experts: MomaExperts, hidden_ND: Tensor, expert_N1: Tensor, weight_N1: Tensor) -> Tensor:
+    """transformers' "grouped_mm" for rows that come sorted by expert, one pick each: without its sort and copies."""
+    if hidden_ND.is_cuda and torch.cuda.get_device_capability(hidden_ND.device) < (8, 0):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_ND, expert_N1, weight_N1)  # which knows older cards
+    offsets_E = (expert_N1 <= torch.arange(experts.num_experts, device=expert_N1.device)).sum(0, dtype=torch.int32)
+    hidden_ND = hidden_ND.to(experts.gate_up_proj.dtype)  # grouped_mm does not know autocast
+    gate_up_NJ = F.grouped_mm(hidden_ND, experts.gate_up_proj.mT, offs=offsets_E)
+    return F.grouped_mm(experts._apply_gate(gate_up_NJ), experts.down_proj.mT, offs=offsets_E) * weight_N1
 
-    What is written here is "eager", the definition: one expert after the other.
+
+EXPERT_FUNCTIONS = ExpertsInterface()
+EXPERT_FUNCTIONS["grouped_mm"] = sorted_grouped_mm
+
+
+@use_experts_implementation(experts_interface=EXPERT_FUNCTIONS)
+class MomaExperts(nn.Module):
+    """E SwiGLU FFNs in two stacked parameters, for rows sorted by expert, one pick each (K = 1).
+
+    transformers' `experts_implementation` says how they are computed. What is written here is "eager", the definition:
+    one expert after the other.
     """
 
     def __init__(self, config: MomaConfig) -> None:
@@ -120,14 +135,16 @@ class ExpertFFN(nn.Module):
         """is_worked_T: the tokens of a mixture of depths, None for all. norm: of each expert's output, by itself."""
         hidden_TD = hidden_BSD.flatten(0, 1)
         routing = self._route(hidden_TD, is_worked_T)
-        token_N, slot_N = routing.is_real_TK.nonzero(as_tuple=True)
+        token_N, slot_N, _ = routing.sorted_picks
         expert_N1 = routing.expert_ids_TK[token_N, slot_N, None]
         weight_N1 = routing.expert_weights_TK[token_N, slot_N, None]
-        output_ND = self.experts(hidden_TD[token_N], expert_N1, torch.ones_like(weight_N1))
-        if norm is not None:
-            output_ND = norm(output_ND)
+        picked_ND = hidden_TD.index_select(0, token_N)  # whose backward is quicker than that of hidden_TD[token_N]
+        if norm is None:
+            output_ND = self.experts(picked_ND, expert_N1, weight_N1)
+        else:
+            output_ND = norm(self.experts(picked_ND, expert_N1, torch.ones_like(weight_N1))) * weight_N1
         # Added up in fp32: some tokens meet many experts.
-        sum_TD = torch.zeros_like(hidden_TD, dtype=torch.float32).index_add(0, token_N, output_ND * weight_N1)
+        sum_TD = torch.zeros_like(hidden_TD, dtype=torch.float32).index_add(0, token_N, output_ND.float())
         output_BSD = sum_TD.to(hidden_BSD.dtype).view_as(hidden_BSD)
         if self.shared_expert is not None:
             output_BSD = output_BSD + self.shared_expert(hidden_BSD, is_worked_T, norm)

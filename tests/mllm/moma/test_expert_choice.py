@@ -69,9 +69,11 @@ def test_the_batchs_choice_equals_its_slow_definition_ties_too(seed):
     generator = torch.Generator().manual_seed(seed)
     scores_TE = torch.randint(0, 4, (30, 5), generator=generator).float()
     is_open_TE = torch.rand(30, 5, generator=generator) < 0.6
-    capacity_E = torch.tensor([0, 1, 7, 12, 30])
+    capacity_E = torch.tensor([0, 1, 7, 12, 13])
     expected = slow_batch_choice(scores_TE, is_open_TE, capacity_E)
-    assert torch.equal(batch_choice(scores_TE, is_open_TE, capacity_E), expected)
+    is_chosen_TE, lowest_E = batch_choice(scores_TE, is_open_TE, capacity_E)
+    assert torch.equal(is_chosen_TE, expected)
+    assert torch.equal(lowest_E, scores_TE.masked_fill(~expected, torch.inf).amin(0))
 
 
 @pytest.mark.parametrize("mode", ["batch", "batch_leaky", "threshold", "aux"])
