@@ -365,11 +365,11 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
         )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.training or self.routing_context.is_packed)
-        if self.embed_places is not None:
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            input_ids, inputs_embeds = None, self._embed(input_ids, inputs_embeds, past_key_values)
         try:
+            if self.embed_places is not None:
+                if use_cache and past_key_values is None:
+                    past_key_values = DynamicCache(config=self.config)
+                input_ids, inputs_embeds = None, self._embed(input_ids, inputs_embeds, past_key_values)
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -14,7 +14,7 @@ from tests.train.moma_data import write_moma_config
 from train.config import load_config
 from train.moma.config import ImageTokenizerConfig, PictureSection
 from train.moma.data import captioned, digest, held_out_documents, training_rows
-from train.moma.image_tokenizer import train_image_tokenizer
+from train.moma.image_tokenizer import held_out_pictures, train_image_tokenizer
 from train.moma.model import build_moma, rows_seen
 from train.moma.run import check_moma
 
@@ -107,6 +107,7 @@ def test_captions_of_files_are_split_by_picture(tmp_path):
     learned = list(captioned(section, "train"))
     assert held_out == ["caption 0", "caption 20", "caption 20"]
     assert validation == ["caption 10", "caption 30"]
+    assert [picture.getpixel((0, 0))[0] for picture in held_out_pictures(section)] == [0, 20]
     assert len(learned) == 36
     assert learned[0][0].getpixel((0, 0)) == (1, 0, 0)
     assert learned[0][1] == "caption 1"

@@ -18,7 +18,7 @@ from mllm.errors import UserError
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
 from mllm.provenance import provenance
 from train.check import SETTINGS
-from train.moma.config import ImageTokenizerConfig
+from train.moma.config import ImageTokenizerConfig, PictureSection
 from train.moma.data import captioned
 from train.trainer import LOG
 
@@ -45,7 +45,7 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
         counted = [picture for picture, _ in islice(captioned(config.data, "train"), COUNTED)]
         tokenizer = distinct_codes(tokenizer, counted, settings.kept_codes)
     tokenizer.save_pretrained(run.output_dir / FOLDER)
-    held_out = [picture for picture, _ in captioned(config.data, "test")]
+    held_out = held_out_pictures(config.data)
     figures = measure(tokenizer, held_out)
     report = provenance() | {"settings": config.model_dump(mode="json"), "figures": figures}
     (run.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -108,6 +108,11 @@ def learn(config: ImageTokenizerConfig, tokenizer: ImageTokenizer, pixels: Tenso
                 counts_C.zero_()
             bar.advance(task)
     model.eval()
+
+
+def held_out_pictures(section: PictureSection) -> list[Image.Image]:
+    """Those of the test split, each once, however many captions it has."""
+    return list({picture.tobytes(): picture for picture, _ in captioned(section, "test")}.values())
 
 
 def measure(tokenizer: ImageTokenizer, pictures: list[Image.Image]) -> dict[str, float]:
