@@ -51,7 +51,7 @@ def capacities(is_open_TE: Tensor, share: float = 1.0) -> Tensor:
 def batch_choice(scores_TE: Tensor, is_open_TE: Tensor, capacity_E: Tensor) -> tuple[Tensor, Tensor]:
     """bool [T, E]: each expert takes the open tokens of highest score; of equal ones, those that come first.
 
-    With them the lowest score that each expert took, [E]; inf where it took none.
+    With them the lowest score that each expert took, [E]; inf where it took none. capacity_E: at most its open tokens.
     """
     scores_TE = scores_TE.masked_fill(~is_open_TE, -torch.inf)
     best_CE = scores_TE.topk(int(capacity_E.max()), dim=0).values
