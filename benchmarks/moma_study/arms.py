@@ -39,13 +39,9 @@ class Scale:
     scenes: int
     held_out: int
     auxiliary_steps: int
+    sweep_steps: int  # that a rate is tried for
     rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
     warmup: int = 20  # steps
-
-    @property
-    def sweep_steps(self) -> int:
-        """Steps that a rate is tried for."""
-        return max(2, self.steps // 3)
 
 
 def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
@@ -63,10 +59,12 @@ def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> di
 
 SMALL = shape(96, 192, 6, 4, 256)  # 1.05M active, two fifths of them in embeddings
 SCALES = {
-    "smoke": Scale(shape(16, 24, 2, 2, 128), 6, 2, 128, 2, 40, 16, 2, rates=(1e-2,), warmup=1),
-    "cpu": Scale(SMALL, 600, 4, 256, 8, 8_000, 96, 100),
-    "real": Scale(SMALL, 600, 4, 256, 8, 0, 96, 100),
-    "gpu": Scale(shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800, (5e-4, 1e-3, 2e-3), 400),  # 28M
+    "smoke": Scale(shape(16, 24, 2, 2, 128), 6, 2, 128, 2, 40, 16, 2, 2, rates=(1e-2,), warmup=1),
+    "cpu": Scale(SMALL, 600, 4, 256, 8, 8_000, 96, 100, sweep_steps=200),
+    "real": Scale(SMALL, 600, 4, 256, 8, 0, 96, 100, sweep_steps=600),
+    "gpu": Scale(  # 28M
+        shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800, 8000, (5e-4, 1e-3, 2e-3), 400
+    ),
 }
 
 

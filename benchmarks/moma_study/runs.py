@@ -87,7 +87,10 @@ class Study:
 
     def recipe(self, run: Run) -> str:
         """A short name of all that a run's figures follow from."""
-        return digest([asdict(self.scale), ARMS[run.arm], asdict(run), self.data_digest])
+        scale = asdict(self.scale)
+        if run.split == "test":
+            del scale["sweep_steps"]  # a test run is the same however its rate was found
+        return digest([scale, ARMS[run.arm], asdict(run), self.data_digest])
 
     def carry_out(self, run: Run) -> dict | None:
         """Train, measure, keep; the file appears whole. None where another process is at it."""

@@ -1,5 +1,7 @@
 """The study's arithmetic on curves whose answer is known, and a smoke run of three arms."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.moma_study import arms as all_arms
@@ -83,6 +85,15 @@ def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(stud
     assert (study.folder / "study.png").stat().st_size > 1000
     monkeypatch.setitem(all_arms.ARMS, "4t4i", {"preset": "4t4i", "norm_position": "post"})
     assert study.kept(Run("4t4i", 1e-2, 0, "test")) is None  # another recipe
+
+
+def test_a_longer_sweep_makes_its_own_runs_void_and_no_test_run(study, monkeypatch):
+    runs = [Run("dense", 1e-2, 0, split) for split in ("val", "test")]
+    before = [study.recipe(run) for run in runs]
+    monkeypatch.setattr(study, "scale", replace(study.scale, sweep_steps=study.scale.sweep_steps + 1))
+    val, test = (study.recipe(run) for run in runs)
+    assert val != before[0]
+    assert test == before[1]
 
 
 def test_speed_is_beside_dense_in_the_same_rounds(study):
