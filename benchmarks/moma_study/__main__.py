@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from rich.console import Console
 
 from benchmarks.moma_study.analysis import analyse, as_markdown, contrasts
 from benchmarks.moma_study.arms import ARMS, DENSE
 from benchmarks.moma_study.picture import draw
 from benchmarks.moma_study.runs import Study
-from benchmarks.moma_study.speed import measure
+from benchmarks.moma_study.speed import as_table, measure
 from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.provenance import provenance
@@ -39,6 +40,10 @@ def main(
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure steps a second, arms in turn; leave it alone.")
     ] = False,
+    speed_rows: Annotated[
+        list[int] | None, typer.Option(help="Rows a step for --speed; else the batch, and four times it.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Of --speed.")] = 20,
     report_only: Annotated[bool, typer.Option("--report-only", help="Tables of what is there.")] = False,
 ) -> None:
     """Train and score what is not there yet, then report."""
@@ -47,12 +52,13 @@ def main(
         torch.set_num_threads(1)
     study = Study(scale, image_tokenizer, out, captions or [], image_root)
     arms = list(ARMS) if not arm else list(dict.fromkeys([DENSE, *arm]))
-    if not report_only:
-        study.prepare()
     if speed:
-        by_rows = {rows: measure(study, arms, rows) for rows in (k * study.scale.batch_rows for k in SPEED_BATCHES)}
-        _write(study.folder / "speed.json", provenance() | {"rows": by_rows})
+        sizes = speed_rows or [k * study.scale.batch_rows for k in SPEED_BATCHES]
+        by_rows = {rows: measure(study, arms, rows, rounds) for rows in sizes}
+        _write(study.folder / "speed.json", provenance() | {"length": study.scale.length, "rows": by_rows})
+        Console().print(as_table(by_rows, study.scale.length))
     elif not report_only:
+        study.prepare()
         carry_out(study, arms, seeds, main_seeds, limit_seconds=60 * limit_minutes)
     report(study, arms, max(seeds, main_seeds))
 

@@ -28,6 +28,7 @@ from train.moma.model import build_processor
 
 SWEEP_SEED = 1000
 COUNTED_ROWS = 32
+FEW_SCENES = 500
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,17 @@ class Study:
 
     def prepare(self) -> None:
         """Rows of all splits, once, so that a run's time is its own."""
-        with claimed(self.data.cache / "rows.lock", wait=True):
-            self.rows = training_rows(self.data, self.processor)
+        self.rows = self._training_rows(self.data)
         self.scored = {split: self._held_out(split) for split in ("val", "test")}
+
+    def few_rows(self, rows: int) -> PackedRows:
+        """Rows of training as a measurement of speed needs them, of few pictures."""
+        few = {"rows": rows, "miniworld": min(self.scale.scenes, FEW_SCENES)}
+        return self._training_rows(self.data.model_copy(update=few))
+
+    def _training_rows(self, data: StreamSection) -> PackedRows:
+        with claimed(data.cache / "rows.lock", wait=True):
+            return training_rows(data, self.processor)
 
     def _held_out(self, split: Literal["val", "test"]) -> PackedRows:
         documents = held_out_documents(self.data, self.processor, split)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from statistics import median
 
 import torch
+from rich.progress import track
+from rich.table import Table
 
 from benchmarks.moma_study.arms import DENSE, arm_model
 from benchmarks.moma_study.runs import Study, clock, learn
 
 WARM_UP = 3
 
+Speeds = dict[str, dict[str, float]]  # arm -> {"ratio": steps a second beside dense, "seconds": a step}, medians
 
-def measure(study: Study, arms: list[str], batch_rows: int, rounds: int = 20) -> dict[str, dict[str, float]]:
-    """Arm -> {"ratio": steps a second beside dense, median over rounds, "seconds": median of a step of batch_rows}."""
+
+def measure(study: Study, arms: list[str], batch_rows: int, rounds: int = 20) -> Speeds:
+    """Each arm's steps of batch_rows, beside dense of the same round."""
+    rows = study.few_rows((WARM_UP + rounds) * batch_rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {arm: arm_model(arm, study.scale, study.processor).to(device) for arm in arms}
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True) for arm, model in models.items()}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(WARM_UP + rounds):
-        first = turn * batch_rows % (len(study.rows) - batch_rows)
-        batch = study.rows.batch(range(first, first + batch_rows))
+    for turn in track(range(WARM_UP + rounds), f"{batch_rows} rows a step"):
+        batch = rows.batch(range(turn * batch_rows, (turn + 1) * batch_rows))
         for arm, model in models.items():
             began = clock()
             learn(model, batch, optimizers[arm])
@@ -33,3 +37,12 @@ def measure(study: Study, arms: list[str], batch_rows: int, rounds: int = 20) ->
         }
         for arm in arms
     }
+
+
+def as_table(by_rows: dict[int, Speeds], length: int) -> Table:
+    """Arms down, rows a step across."""
+    table = Table("arm", *(f"{rows} rows of {length} tokens: s a step | beside dense" for rows in by_rows))
+    for arm in next(iter(by_rows.values())):
+        found = [speeds[arm] for speeds in by_rows.values()]
+        table.add_row(arm, *(f"{one['seconds']:.3f} | {one['ratio'] - 1:+.1%}" for one in found))
+    return table

@@ -10,7 +10,7 @@ from benchmarks.moma_study.analysis import analyse, as_markdown, contrasts, eta,
 from benchmarks.moma_study.arms import ARMS, SCALES, arm_config
 from benchmarks.moma_study.picture import draw
 from benchmarks.moma_study.runs import Run, Study
-from benchmarks.moma_study.speed import measure
+from benchmarks.moma_study.speed import as_table, measure
 from mllm.moma import MomaForCausalLM
 from tests.train.moma_data import write_image_tokenizer
 from train.kept import claimed
@@ -100,6 +100,9 @@ def test_speed_is_beside_dense_in_the_same_rounds(study):
     speeds = measure(study, ["dense", "4t4i"], batch_rows=2, rounds=3)
     assert speeds["dense"]["ratio"] == 1
     assert 0 < speeds["4t4i"]["ratio"] < 10
+    table = as_table({2: speeds}, length=128)
+    assert list(table.columns[0].cells) == ["dense", "4t4i"]
+    assert next(iter(table.columns[1].cells)).endswith("| +0.0%")
 
 
 def test_a_run_that_another_process_is_at_is_passed_over(study):
