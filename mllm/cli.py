@@ -217,13 +217,15 @@ def generate(
     text: Annotated[str | None, typer.Option(help="Draw a picture of this, into --out.")] = None,
     image: Annotated[Path | None, typer.Option(help="Describe this picture.")] = None,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("generated.png"),
-    guidance: Annotated[float, typer.Option(help="Above 1: how much the text counts (classifier-free).")] = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of sampling a picture; 0 the most probable codes.")] = 1.0,
+    guidance: Annotated[float, typer.Option(min=1, help="Above 1: how much the text counts (classifier-free).")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling a picture; 0 the most probable codes.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
 ) -> None:
     """Draw a picture from words, or describe one, with a trained early-fusion model."""
     if (text is None) == (image is None):
         raise UserError("Give one of --text (to draw) and --image (to describe).")
+    if text is not None:
+        check_drawable(text, out)
     from mllm.data.images import open_image
     from mllm.moma.generation import describe, draw, load_moma
 
@@ -232,8 +234,22 @@ def generate(
     if picture is not None:
         console.print(describe(moma, processor, [picture])[0], markup=False, highlight=False, soft_wrap=True)
         return
-    draw(moma, processor, [text], guidance=guidance, temperature=temperature, seed=seed)[0].save(out)
+    with console.status("drawing"):
+        drawn = draw(moma, processor, [text], guidance=guidance, temperature=temperature, seed=seed)[0]
+    drawn.save(out)
     console.print(f"picture written to {out}", markup=False, highlight=False)
+
+
+def check_drawable(text: str, out: Path) -> None:
+    """Raises UserError for an empty text, and a file that no picture can be written to: before the model is read."""
+    from PIL import Image
+
+    if not text.strip():
+        raise UserError("--text is empty: say what the picture shows.")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {out}: {out.suffix or 'no suffix'} is no kind of picture; name it .png or .jpg.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
 
 
 @app.command()

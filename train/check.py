@@ -26,6 +26,10 @@ FREE_ON_RESUME = {
 }
 
 
+# Whose experts choose among a micro-batch: its size changes what is learned.
+BATCH_CHOOSES = ("pretrain_moma", "train_causal_routers", "upcycle")
+
+
 def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     """The run's mixture, opened, once everything a run needs was found in order.
 
@@ -132,12 +136,13 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """Settings that differ between a run and the one that would go on with it, as `section.key: old, now new`."""
     changed = []
+    fixed = {"micro_batch_size"} if new.get("stage") in BATCH_CHOOSES else set()
     for section, values in new.items():
         before = old.get(section)
         if not isinstance(values, dict):
             changed += [f"{section}: {before}, now {values}"] * (before != values)
             continue
-        for key in values.keys() - FREE_ON_RESUME.get(section, set()):
+        for key in values.keys() - (FREE_ON_RESUME.get(section, set()) - fixed):
             if (before or {}).get(key) != values[key]:
                 changed.append(f"{section}.{key}: {(before or {}).get(key)}, now {values[key]}")
     return sorted(changed)

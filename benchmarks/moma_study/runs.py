@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.moma_study.arms import ARMS, DENSE, MAIN, SCALES, arm_model
 from mllm.moma import MomaForCausalLM
 from mllm.moma.cost import head_flops, moma_cost
-from mllm.moma.scoring import evaluation_modes, held_out_losses
+from mllm.moma.scoring import evaluating, evaluation_modes, held_out_losses
 from mllm.moma.stream import PackedRows, pack
 from mllm.provenance import provenance
 from train.kept import claimed, digest
@@ -60,6 +60,7 @@ class Study:
             held_out=self.scale.held_out,
             length=self.scale.length,
             rows=self.scale.steps * self.scale.batch_rows,
+            image_share=0.5,
             captions=list(captions),
             image_root=image_root,
             cache=Path("runs/moma_study/rows"),
@@ -219,9 +220,8 @@ def losses_by(study: Study, model: MomaForCausalLM, mode: str) -> dict[str, floa
 def active_by(study: Study, model: MomaForCausalLM, mode: str) -> float:
     """Weights that a token meets on average where experts choose so; causal ways may take more than training did."""
     batch = study.scored["test"].batch(range(min(COUNTED_ROWS, len(study.scored["test"]))))
-    model.eval().set_evaluation_routing(None if mode == "token" else mode)
-    model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device), use_cache=False)
-    model.set_evaluation_routing(None)
+    with evaluating(model, mode):
+        model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device), use_cache=False)
     return moma_cost(model).active_parameters
 
 

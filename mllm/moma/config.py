@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import LlamaConfig
@@ -107,8 +109,9 @@ class MomaConfig(LlamaConfig):
     def preset(cls, name: str, **fields: Any) -> MomaConfig:
         """The paper's names: "dense", "8x" (mixed), "1t1i", "4t4i", "6t2i" …, and "2t2i1s" with a shared expert.
 
-        Raises UserError for a name of another form.
+        Raises UserError for a name of another form, and for a field that there is not.
         """
+        refuse_unknown(fields)
         if name == "dense":
             return cls(expert_groups={ALL: 1}, **fields)
         if mixed := re.fullmatch(r"(\d+)x", name):
@@ -154,6 +157,7 @@ class MomaConfig(LlamaConfig):
         for field, known in CHOICES.items():
             if getattr(self, field) not in known:
                 raise UserError(f"{field}={getattr(self, field)!r} is not known; choose one of {', '.join(known)}.")
+        self._check_values()
         if ALL in self.expert_groups and (len(self.expert_groups) > 1 or self.expert_groups[ALL] < 1):
             raise UserError(f"expert_groups={self.expert_groups}: 'all' stands alone, with at least one expert.")
         fewest = int(self.layout.allowed_PX.sum(1).min())  # asking for the layout checks the groups
@@ -176,12 +180,27 @@ class MomaConfig(LlamaConfig):
                 'to tokens that choose: set routing="token_choice".'
             )
 
+    def _check_values(self) -> None:
+        for field in ("num_null_experts", "router_noise", "balance_loss_weight", "z_loss_weight", "image_side"):
+            if getattr(self, field) < 0:
+                raise UserError(f"{field} must not be negative, got {getattr(self, field)}.")
+        if not 0 <= self.threshold_momentum < 1:
+            raise UserError(f"threshold_momentum must be in [0, 1), got {self.threshold_momentum}.")
+        if self.real_share is not None and not (0 < self.real_share <= 1 and self.num_null_experts):
+            raise UserError(
+                f"real_share={self.real_share} is the share of picks, in (0, 1], that are not null experts: with "
+                f"num_null_experts={self.num_null_experts} it must be {'such' if self.num_null_experts else 'None'}."
+            )
+
     def _check_token_choice(self, fewest: int) -> None:
         if self.mixture_of_depths is not None or self.causal_routing == "aux" or self.router_noise:
             raise UserError(
                 'mixture_of_depths, causal_routing="aux" and router_noise go with routing="expert_choice": with '
-                "token_choice the balance loss would count tokens that no layer worked on, and causal it is already."
+                "token_choice the balance loss would count tokens that no layer worked on, and causal it is already. "
+                "Leave them out (router_noise=0)."
             )
+        if self.choice_batch != "rank":
+            raise UserError('choice_batch="global" is for experts that choose; with token_choice leave it out.')
         if not 1 <= self.num_experts_per_tok <= fewest:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok}, but some tokens choose among {fewest} experts."
@@ -192,6 +211,15 @@ class MomaConfig(LlamaConfig):
                 'num_experts_per_tok=1 with norm_position="post": the norm cancels the gate of a lone pick, so the '
                 'router would learn nothing from the task. Set norm_position="expert" or "pre", or more picks.'
             )
+
+
+def refuse_unknown(fields: Iterable[str]) -> None:
+    """Raises UserError for the name of a field that MomaConfig does not have: transformers would take it silently."""
+    config = MomaConfig()
+    for name in fields:
+        if not (hasattr(config, name) or hasattr(config, f"_{name}")):  # attn_implementation becomes the latter
+            near = get_close_matches(name, config.to_dict(), n=1, cutoff=0.5)
+            raise UserError(f"MomaConfig has no field {name!r}{f'; did you mean {near[0]}?' if near else '.'}")
 
 
 def layers_at_equal_flops(num_layers: int, mixture_of_depths: float) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from mllm.errors import UserError
-from mllm.moma.expert_choice import ChoiceRouter
+from mllm.moma.expert_choice import ChoiceRouter, ExpertChoice
 from mllm.moma.modeling import DenseFFN, MomaDecoderLayer, MomaForCausalLM
 from mllm.routing import TokenRouter
 from mllm.routing.cost import Cost, linear_flops, picks_E
@@ -31,7 +31,7 @@ def moma_cost(model: MomaForCausalLM) -> Cost:
     for layer in model.model.layers:
         worked, attended = _worked(layer, model)
         base += sum(linear_flops(attended, *_sizes(linear)) for linear in _linears(layer.self_attn))
-        router += _router_flops(layer.depth_router, tokens)
+        router += _router_flops(layer.depth_router, context.choices.get(f"{layer.name}.depth_router"), tokens)
         if isinstance(layer.ffn, DenseFFN):
             base += _ffn_flops(layer.ffn, worked)
             continue
@@ -39,7 +39,7 @@ def moma_cost(model: MomaForCausalLM) -> Cost:
         one_expert = layer.ffn.experts.gate_up_proj[0].numel() + layer.ffn.experts.down_proj[0].numel()
         expert += 2 * picks * one_expert
         idle += (layer.ffn.experts.num_experts - picks / tokens) * one_expert
-        router += _router_flops(layer.ffn.router, tokens)
+        router += _router_flops(layer.ffn.router, context.choices.get(f"{layer.ffn.name}.router"), tokens)
         if layer.ffn.shared_expert is not None:
             base += _ffn_flops(layer.ffn.shared_expert, worked)
     total = sum(parameter.numel() for parameter in parameters)
@@ -84,13 +84,14 @@ def _ffn_flops(ffn: DenseFFN, tokens: int) -> int:
     return sum(linear_flops(tokens, *_sizes(linear)) for linear in _linears(ffn))
 
 
-def _router_flops(router: ChoiceRouter | TokenRouter | None, tokens: int) -> int:
+def _router_flops(router: ChoiceRouter | TokenRouter | None, choice: ExpertChoice | None, tokens: int) -> int:
     if isinstance(router, ChoiceRouter):
-        flops = linear_flops(tokens, router.width, len(router.weight))
-        if router.auxiliary is not None:
+        experts = router.layout.num_experts
+        flops = linear_flops(tokens, router.width, experts)
+        if choice.auxiliary_logits_TE is not None:
             inner = router.width // 2
             flops += linear_flops(tokens, router.width, inner * len(router.auxiliary.inner))
-            flops += linear_flops(tokens, inner, len(router.weight))
+            flops += linear_flops(tokens, inner, experts)
         return flops
     if isinstance(router, TokenRouter) and isinstance(router.router, LearnedRouter):
         rows, width = router.router.weight.shape

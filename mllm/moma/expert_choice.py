@@ -121,6 +121,23 @@ class ExpertChoice:
         )
 
 
+class RouterLinear(KeepsFp32):
+    """x W without bias, fp32 whatever the model computes in.
+
+    A module of its own that returns a tensor: of one that returns an ExpertChoice DeepSpeed would not see what its
+    backward pass needs, and ZeRO-3 would not gather the weight for it.
+    """
+
+    def __init__(self, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """hidden_TD -> logits_TE, fp32."""
+        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+            return F.linear(hidden_TD.float(), self.weight.float())
+
+
 class AuxiliaryRouter(KeepsFp32):
     """σ(SiLU(x W1) W2), W1 of each group its own: predicts from the token alone what the batch would choose (MoMa)."""
 
@@ -160,7 +177,7 @@ class ChoiceRouter(KeepsFp32):
         super().__init__()
         self.layout, self.share, self.noise, self.momentum, self.is_global = layout, share, noise, momentum, is_global
         self.width = width
-        self.weight = nn.Parameter(torch.empty(layout.num_experts, width))
+        self.linear = RouterLinear(width, layout.num_experts)
         self.auxiliary: AuxiliaryRouter | None = None
         if with_auxiliary:
             self.add_auxiliary()
@@ -179,12 +196,12 @@ class ChoiceRouter(KeepsFp32):
     def add_auxiliary(self) -> None:
         """Give it an auxiliary router, which does not learn until it is told to."""
         auxiliary = AuxiliaryRouter(self.width, list(self.layout.groups.values()))
-        self.auxiliary = auxiliary.to(self.weight.device).requires_grad_(False)
+        self.auxiliary = auxiliary.to(self.linear.weight.device).requires_grad_(False)
 
     @property
     def is_trainable(self) -> bool:
         """Whether it learns itself."""
-        return self.weight.requires_grad
+        return self.linear.weight.requires_grad
 
     @property
     def trains_auxiliary(self) -> bool:
@@ -194,7 +211,7 @@ class ChoiceRouter(KeepsFp32):
     def forward(self, hidden_TD: Tensor, context: MomaContext, is_open_T: Tensor) -> ExpertChoice:
         allowed_TE = self.allowed_PE[context.modality_T] if self.layout.is_grouped else self.allowed_PE
         is_open_TE = allowed_TE & is_open_T[:, None]
-        clean_TE = self._logits(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
+        clean_TE = self.linear(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
         logits_TE = self._with_noise(clean_TE)
         scores_TE = logits_TE.sigmoid().masked_fill(self.is_lone_E & allowed_TE, 1)
         auxiliary_TE = cutoff_E = None
@@ -210,10 +227,6 @@ class ChoiceRouter(KeepsFp32):
             is_chosen_TE = (scores_TE >= self.threshold) & is_open_TE
         is_chosen_TE = is_chosen_TE | (self.is_lone_E & is_open_TE)
         return ExpertChoice(logits_TE, scores_TE, is_open_TE, is_chosen_TE, cutoff_E, auxiliary_TE)
-
-    def _logits(self, hidden_TD: Tensor) -> Tensor:
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
-            return F.linear(hidden_TD.float(), self.weight.float())
 
     def _with_noise(self, logits_TE: Tensor) -> Tensor:
         """The difference of two Gumbel variables is logistic, the logit of a uniform one."""

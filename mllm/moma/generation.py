@@ -51,7 +51,7 @@ class WholePictures(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         since_begin_N = self._since(input_ids, self.begin)
         is_inside_N = since_begin_N < self._since(input_ids, self.end)
-        is_full_N = since_begin_N == self.num_tokens
+        is_full_N = since_begin_N >= self.num_tokens
         allowed_NV = torch.zeros_like(scores, dtype=torch.bool)
         allowed_NV[:] = ~is_inside_N[:, None]
         allowed_NV[:, self.codes] = (is_inside_N & ~is_full_N)[:, None]
@@ -87,12 +87,15 @@ def draw(
         top_k: codes to choose among; 0 all.
         seed: of sampling; figures depend on how many captions go together.
 
-    Raises UserError where the model's experts do not choose causally.
+    Raises UserError where the model's experts do not choose causally, and for a caption that leaves no room.
     """
     device, pictures = model.device, []
     torch.manual_seed(seed)
     for start in range(0, len(captions), PROMPTS_AT_ONCE):
         rows = [[*processor.open_ids([text]), processor.begin_image_id] for text in captions[start:][:PROMPTS_AT_ONCE]]
+        room = model.config.max_position_embeddings - processor.image_tokenizer.num_tokens
+        if (longest := max(map(len, rows))) > room:
+            raise UserError(f"A caption of {longest} tokens, but beside a picture the model reads {room}: shorten it.")
         ids, mask = _left_padded(rows, model.config.pad_token_id)
         options: dict[str, object] = {}
         if guidance != 1:

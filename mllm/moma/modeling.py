@@ -61,9 +61,12 @@ def sorted_grouped_mm(experts: MomaExperts, hidden_ND: Tensor, expert_N1: Tensor
     if hidden_ND.is_cuda and torch.cuda.get_device_capability(hidden_ND.device) < (8, 0):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_ND, expert_N1, weight_N1)  # which knows older cards
     offsets_E = (expert_N1 <= torch.arange(experts.num_experts, device=expert_N1.device)).sum(0, dtype=torch.int32)
-    hidden_ND = hidden_ND.to(experts.gate_up_proj.dtype)  # grouped_mm does not know autocast
-    gate_up_NJ = F.grouped_mm(hidden_ND, experts.gate_up_proj.mT, offs=offsets_E)
-    return F.grouped_mm(experts._apply_gate(gate_up_NJ), experts.down_proj.mT, offs=offsets_E) * weight_N1
+    dtype, device = experts.gate_up_proj.dtype, hidden_ND.device.type
+    if torch.is_autocast_enabled(device):  # of which grouped_mm knows nothing
+        dtype = torch.get_autocast_dtype(device)
+    up_EJD, down_EDI = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    gate_up_NJ = F.grouped_mm(hidden_ND.to(dtype), up_EJD.mT, offs=offsets_E)
+    return F.grouped_mm(experts._apply_gate(gate_up_NJ), down_EDI.mT, offs=offsets_E) * weight_N1
 
 
 EXPERT_FUNCTIONS = ExpertsInterface()
@@ -289,7 +292,7 @@ class MomaPreTrainedModel(LlamaPreTrainedModel):
             init.normal_(module.inner, std=std)
             init.normal_(module.outer, std=std)
         elif isinstance(module, ChoiceRouter):
-            init.normal_(module.weight, std=std)
+            init.normal_(module.linear.weight, std=std)
             init.constant_(module.threshold, 0.5)
             init.zeros_(module.batches_seen)
             init.copy_(module.allowed_PE, module.layout.allowed_PX)  # not saved, like all that follows from the config
@@ -303,13 +306,14 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
 
     Attributes:
         routing_mode: how experts choose now, a key of `mllm.moma.expert_choice.MODES`, which says what each means.
+        evaluation_routing: what `set_evaluation_routing` was told.
     """
 
     def __init__(self, config: MomaConfig) -> None:
         super(LlamaModel, self).__init__(config)  # past LlamaModel, which would build Llama's layers
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.routing_context = MomaContext(config.image_token_start, config.codebook_size)
-        self._evaluation_mode: str | None = None
+        self.evaluation_routing: str | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.embed_places = PlaceEmbeddings(config) if config.image_side else None
         self.layers = nn.ModuleList(
@@ -324,7 +328,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
     def routing_mode(self) -> str:
         if not self.config.chooses_over_batch:
             return "token"
-        return "batch" if self.training else self._evaluation_mode or self.config.causal_routing
+        return "batch" if self.training else self.evaluation_routing or self.config.causal_routing
 
     def set_evaluation_routing(self, mode: str | None) -> None:
         """How experts choose in `eval()`: "threshold", "aux" or "batch_leaky"; None goes by config.causal_routing.
@@ -337,7 +341,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
             raise UserError(f"Evaluation routing is one of {', '.join(known)}, for expert choice; got {mode!r}.")
         if mode == "aux" and self.config.causal_routing != "aux":
             raise UserError("The model has no auxiliary routers; train them first: begin_auxiliary_stage().")
-        self._evaluation_mode = mode
+        self.evaluation_routing = mode
 
     def forward(
         self,
@@ -355,6 +359,11 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
         mode = self.routing_mode
         if mode.startswith("batch") and past_key_values is not None and past_key_values.get_seq_length():
             raise UserError("Experts cannot choose among the tokens of a cache's next step alone; use a causal mode.")
+        if self.config.mixture_of_depths is not None and attention_mask is not None and attention_mask.dim() != 2:
+            raise UserError(
+                "mixture_of_depths makes its masks itself: expected an attention_mask [B, S], or position_ids that "
+                f"start anew in each document, got one of shape {list(attention_mask.shape)}."
+            )
         self.routing_context.begin(
             mode=mode,
             input_ids=input_ids,
@@ -432,6 +441,11 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
         """See MomaModel."""
         return self.model.routing_mode
 
+    @property
+    def evaluation_routing(self) -> str | None:
+        """See MomaModel."""
+        return self.model.evaluation_routing
+
     def set_evaluation_routing(self, mode: str | None) -> None:
         """See MomaModel."""
         self.model.set_evaluation_routing(mode)
@@ -500,7 +514,10 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
         return config.routing == "token_choice" and not config.is_modal and weighted
 
     def routing_loss(self) -> Tensor:
-        """Weighted balance and z loss of the last forward, for token choice; see `mllm.routing.losses`."""
+        """Weighted balance and z loss of the last forward, for token choice; see `mllm.routing.losses`.
+
+        The training loss holds it already. With a `balance_window` each call adds the forward's picks to it.
+        """
         config, context = self.config, self.routing_context
         is_counted_T, loss = ~context.is_pad_T, torch.zeros((), device=self.device)
         if config.balance != "none":

@@ -5,6 +5,9 @@ B batch, S sequence, T tokens of a batch, V vocabulary, N tokens that count.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +38,17 @@ def evaluation_modes(model: MomaForCausalLM) -> list[str]:
     return ["threshold", *(["aux"] if model.config.causal_routing == "aux" else []), LEAKY]
 
 
+@contextmanager
+def evaluating(model: MomaForCausalLM, mode: str | None) -> Iterator[None]:
+    """The model in evaluation, its experts choosing by a mode of `evaluation_modes`; afterwards all is as before."""
+    was_training, before = model.training, model.evaluation_routing
+    model.eval().set_evaluation_routing(None if mode == "token" else mode)
+    try:
+        yield
+    finally:
+        model.train(was_training).set_evaluation_routing(before)
+
+
 @torch.no_grad()
 def held_out_losses(
     model: MomaForCausalLM, rows: PackedRows, processor: MomaProcessor, *, mode: str | None = None, batch_size: int = 8
@@ -44,16 +58,13 @@ def held_out_losses(
     mode: one of `evaluation_modes`; None the model's own causal one. Over "batch_leaky" the figures depend on
     batch_size, and are no language model's.
     """
-    was_training = model.training
-    model.eval().set_evaluation_routing(None if mode == "token" else mode)
     sums = torch.zeros(len(DIRECTIONS), 2, dtype=torch.float64)
-    for start in range(0, len(rows), batch_size):
-        batch = rows.batch(range(start, min(start + batch_size, len(rows))))
-        ids_BS, positions_BS = batch["input_ids"].to(model.device), batch["position_ids"].to(model.device)
-        logits_BSV = model(ids_BS, position_ids=positions_BS, use_cache=False).logits
-        sums += direction_sums(logits_BSV, ids_BS, positions_BS, processor)
-    model.set_evaluation_routing(None)
-    model.train(was_training)
+    with evaluating(model, mode):
+        for start in range(0, len(rows), batch_size):
+            batch = rows.batch(range(start, min(start + batch_size, len(rows))))
+            ids_BS, positions_BS = batch["input_ids"].to(model.device), batch["position_ids"].to(model.device)
+            logits_BSV = model(ids_BS, position_ids=positions_BS, use_cache=False).logits
+            sums += direction_sums(logits_BSV, ids_BS, positions_BS, processor)
     losses = {name: (loss / n).item() for name, (loss, n) in zip(DIRECTIONS, sums, strict=True) if n}
     return losses | {"all": (sums[:, 0].sum() / sums[:, 1].sum()).item()}
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm.errors import UserError
-from mllm.moma.config import MomaConfig
+from mllm.moma.config import MomaConfig, refuse_unknown
 from mllm.moma.modeling import MomaForCausalLM
 from mllm.routing.layout import ALL
 
@@ -29,7 +29,7 @@ def upcycle(
     seed: MomaForCausalLM,
     expert_groups: dict[str, int],
     *,
-    router_noise: float = 1.0,
+    router_noise: float | None = None,
     fresh: tuple[str, ...] = (),
     **changes: Any,
 ) -> MomaForCausalLM:
@@ -41,16 +41,19 @@ def upcycle(
     some expert took keeps the seed's value.
 
     Args:
-        router_noise: τ of the Gumbel-sigmoid noise by which copies grow apart; MoMa gives no other value than 1.
+        router_noise: τ of the Gumbel-sigmoid noise by which copies grow apart. None: 1, MoMa gives no other value, or
+            0 where tokens choose, whose routers know no noise.
         fresh: groups whose experts start at random instead, as the image experts of a text model may.
-        changes: other fields of the new config, such as routing.
+        changes: other fields of the new config, such as routing; auxiliary routers come with a stage of their own.
 
     The optimizer and its schedule start anew, the data go on where they were: that is the trainer's part. Raises
-    UserError for a seed of another form and for groups it has no expert for.
+    UserError for a seed of another form, for groups it has no expert for, and for fields that there are not.
     """
+    config = upcycled_config(
+        seed.config, expert_groups=expert_groups, router_noise=router_noise, fresh=fresh, **changes
+    )
     source_E = _sources(seed.config, expert_groups, fresh)
-    settings = {**seed.config.to_dict(), "causal_routing": "threshold", "router_noise": router_noise, **changes}
-    model = MomaForCausalLM(MomaConfig.from_dict({**settings, "expert_groups": expert_groups}))
+    model = MomaForCausalLM(config)
     model.to(device=seed.device, dtype=seed.dtype)
     state = {name: tensor for name, tensor in seed.state_dict().items() if _is_kept(name)}
     for layer in range(seed.config.num_hidden_layers):
@@ -65,6 +68,25 @@ def upcycle(
     if lost or unexpected:
         raise UserError(f"The seed's weights do not fit these changes: {[*lost, *unexpected][:4]} …")
     return model
+
+
+def upcycled_config(
+    seed: MomaConfig,
+    expert_groups: dict[str, int],
+    *,
+    router_noise: float | None = None,
+    fresh: tuple[str, ...] = (),
+    **changes: Any,
+) -> MomaConfig:
+    """The config of what `upcycle` makes. Raises UserError as that does."""
+    refuse_unknown(changes)
+    if changes.get("causal_routing") == "aux":
+        raise UserError('causal_routing="aux" goes by auxiliary routers, which learn later: begin_auxiliary_stage().')
+    _sources(seed, expert_groups, fresh)
+    if router_noise is None:
+        router_noise = 0.0 if changes.get("routing", seed.routing) == "token_choice" else 1.0
+    settings = {**seed.to_dict(), "causal_routing": "threshold", "router_noise": router_noise, **changes}
+    return MomaConfig.from_dict({**settings, "expert_groups": expert_groups})
 
 
 def _is_kept(name: str) -> bool:
@@ -110,15 +132,26 @@ def from_language_model(model: LlamaForCausalLM, *, codebook_size: int, **change
     "pre", which the weights expect. `changes` are other fields of the config; groups come with `upcycle`.
     Raises UserError for another family, whose attention these parts do not compute, and for FFNs with biases.
     """
-    if model.config.model_type != "llama" or model.config.mlp_bias:
+    words = model.config.vocab_size
+    moma = MomaForCausalLM(language_model_config(model.config, codebook_size=codebook_size, **changes))
+    moma.to(device=model.device, dtype=model.dtype)
+    state = {name: tensor for name, tensor in moma.state_dict().items() if "embed_places" in name}
+    state |= {_renamed(name): tensor for name, tensor in model.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], moma.get_parameter(name).detach()[words:]])
+    moma.load_state_dict(state)
+    return moma
+
+
+def language_model_config(config: LlamaConfig, *, codebook_size: int, **changes: Any) -> MomaConfig:
+    """The config of what `from_language_model` makes. Raises UserError as that does."""
+    if config.model_type != "llama" or config.mlp_bias:
         raise UserError(
             f"from_language_model takes a Llama without MLP biases (Llama 2 and 3, SmolLM, TinyLlama …), got "
-            f"{model.config.model_type}."
+            f"{config.model_type}."
         )
-    words = model.config.vocab_size
-    settings = {
-        name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
-    }
+    words = config.vocab_size
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     settings |= {
         "vocab_size": words + 2 + codebook_size,
         "begin_image_token_id": words,
@@ -128,14 +161,7 @@ def from_language_model(model: LlamaForCausalLM, *, codebook_size: int, **change
         "expert_groups": {ALL: 1},
         "norm_position": "pre",
     }
-    moma = MomaForCausalLM(MomaConfig.from_dict({**settings, **changes}))
-    moma.to(device=model.device, dtype=model.dtype)
-    state = {name: tensor for name, tensor in moma.state_dict().items() if "embed_places" in name}
-    state |= {_renamed(name): tensor for name, tensor in model.state_dict().items()}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        state[name] = torch.cat([state[name], moma.get_parameter(name).detach()[words:]])
-    moma.load_state_dict(state)
-    return moma
+    return MomaConfig.from_dict({**settings, **changes})
 
 
 def _renamed(name: str) -> str:

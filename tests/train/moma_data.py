@@ -23,7 +23,7 @@ def write_moma_config(folder: Path, **settings: str) -> Path:
     sections = {
         "stage": "pretrain_moma",
         "model": f"{{preset: 2t2i, image_tokenizer: '{folder}/tokenizer', fields: {FIELDS}}}",
-        "data": f"{{miniworld: 60, held_out: 8, length: 64, cache: '{folder}/rows'}}",
+        "data": f"{{miniworld: 60, held_out: 8, length: 64, image_share: 0.5, cache: '{folder}/rows'}}",
         "optim": "{lr: 1.0e-2}",
         "run": f"{{output_dir: '{folder}/run', steps: 5, batch_size: 8, micro_batch_size: 2, log_every: 1}}",
         "deepspeed": "{zero: 2}",

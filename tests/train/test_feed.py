@@ -40,6 +40,14 @@ def test_the_next_epoch_comes_in_another_order(mixture):
     assert rows[len(mixture) : 2 * len(mixture)] == mixture.order(3, 1).tolist()
 
 
+def test_a_later_stage_reads_on_where_the_earlier_stopped(mixture):
+    def rows(**changes: int) -> list[int]:
+        order = RunOrder(mixture, micro_batch_size=8, rank=0, world=1, **SHAPE | changes)
+        return [row for batch in order for row in batch]
+
+    assert rows(steps=12, start=64) == rows()[64:]
+
+
 def test_length_is_the_number_of_micro_batches(mixture):
     order = RunOrder(mixture, micro_batch_size=2, rank=1, world=2, **SHAPE)
     assert len(order) == len(list(order)) == 40

@@ -90,6 +90,12 @@ def test_a_folder_with_another_run_is_not_gone_on_with(folder):
         find_checkpoint(load_config(folder / "config.yaml", ["run.seed=5"]))
 
 
+@pytest.mark.parametrize(("stage", "changed"), [("instruct", []), ("upcycle", ["run.micro_batch_size: 2, now 8"])])
+def test_the_micro_batch_is_free_unless_experts_choose_among_it(stage, changed):
+    old, new = ({"stage": stage, "run": {"micro_batch_size": size}} for size in (2, 8))
+    assert differences(old, new) == changed
+
+
 def test_the_newest_checkpoint_is_taken_by_number_not_by_name(folder):
     config = load_config(folder / "config.yaml")
     for step in (9, 10):

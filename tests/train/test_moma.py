@@ -7,15 +7,16 @@ import torch
 from PIL import Image
 
 from mllm.errors import UserError
-from mllm.moma import MomaForCausalLM
+from mllm.moma import MomaConfig, MomaForCausalLM
 from mllm.moma.image_tokens import ImageTokenizer
+from mllm.moma.processor import MomaProcessor
 from tests.tiny import tiny_language_model, tiny_tokenizer
 from tests.train.moma_data import write_moma_config
 from train.config import load_config
 from train.moma.config import ImageTokenizerConfig, PictureSection
-from train.moma.data import captioned, digest, held_out_documents, training_rows
+from train.moma.data import as_experts, captioned, check_length, digest, held_out_documents, training_rows
 from train.moma.image_tokenizer import held_out_pictures, train_image_tokenizer
-from train.moma.model import build_moma, rows_seen
+from train.moma.model import build_moma, config_of, rows_seen, write_model
 from train.moma.run import check_moma
 
 
@@ -33,6 +34,9 @@ def path(tmp_path_factory):
         (["stage=upcycle"], "model.start_from"),
         (["model.image_tokenizer=null"], "image_tokenizer"),
         (["data.miniworld=0"], "nothing to read"),
+        (["model.router_noise=0.7"], "no use for model.router_noise"),
+        (["model.fresh=[image]"], "no use for model.fresh"),
+        (["stage=train_causal_routers", "model={start_from: x, preset: 2t2i}"], "no use for model.preset"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(path, overrides, words):
@@ -49,11 +53,84 @@ def test_settings_that_do_not_fit_are_refused_by_name(path, overrides, words):
         (["data.forms={picture: 1}"], "data.forms"),
         (["data.captions=[nowhere.json]"], "nowhere.json"),
         (["run.batch_size=3"], "batch_size"),
+        (["model.fields.causal_routing=aux"], "train_causal_routers"),
+        (["data.length=64", "model.fields.max_position_embeddings=32"], "max_position_embeddings, 32"),
     ],
 )
 def test_a_run_that_cannot_go_is_refused_before_it_starts(path, overrides, words):
     with pytest.raises(UserError, match=words):
         check_moma(load_config(path, overrides), ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "seed", "model", "words"),
+    [
+        ("upcycle", "1t1i", "preset: 2t2i, fields: {rooting: 1}", "unknown key model.fields.rooting"),
+        ("upcycle", "1t1i", "preset: many", "preset"),
+        ("upcycle", "2t2i", "preset: 4t4i", "A seed has one expert a group"),
+        ("upcycle", "1t1i", "preset: 4x", "no expert for the group"),
+        ("upcycle", "1t1i", "preset: 2t2i, fields: {causal_routing: aux}", "begin_auxiliary_stage"),
+        ("train_causal_routers", "1t1i", "", "causal already"),
+    ],
+)
+def test_a_stage_that_cannot_go_on_is_refused_before_it_starts(path, tmp_path, stage, seed, model, words):
+    built, processor = build_moma(load_config(path, [f"model.preset={seed}"]))
+    write_model(tmp_path / "model", built, built.state_dict(), processor, {})
+    section = f"model={{start_from: '{tmp_path}/model'{', ' * bool(model)}{model}}}"
+    with pytest.raises(UserError, match=words):
+        check_moma(load_config(path, [f"stage={stage}", section]), ranks=1)
+
+
+def test_a_stage_that_can_go_on_is_not_refused(path, tmp_path):
+    built, processor = build_moma(load_config(path, ["model.preset=1t1i"]))
+    write_model(tmp_path / "model", built, built.state_dict(), processor, {})
+    section = (
+        f"model={{start_from: '{tmp_path}/model', preset: 2t2i, fields: {{routing: token_choice, norm_position: pre}}}}"
+    )
+    config = load_config(path, ["stage=upcycle", section])
+    check_moma(config, ranks=1)
+    model, processor = build_moma(config)
+    assert model.config.router_noise == 0  # which routers of token choice do not know
+    found = config_of(config, processor).to_dict() | {"_name_or_path": model.config._name_or_path}
+    assert model.config.to_dict() == found
+
+
+def test_a_row_that_holds_no_picture_with_a_word_is_refused(path):
+    config = load_config(path, ["data.length=16"])
+    check_moma(config, ranks=1)
+    _, processor = build_moma(config)
+    check_length(config.data.model_copy(update={"length": 8}), MomaConfig(), processor)
+    with pytest.raises(UserError, match="at least a picture and a word, 8 tokens"):
+        check_length(config.data.model_copy(update={"length": 7}), MomaConfig(), processor)
+
+
+def test_mixture_of_depths_gets_the_layers_that_keep_its_cost(path):
+    fields = ["model.fields.num_hidden_layers=8", "model.fields.mixture_of_depths=0.25"]
+    assert build_moma(load_config(path, fields))[0].config.num_hidden_layers == 14
+    assert build_moma(load_config(path, [*fields, "model.keep_flops=false"]))[0].config.num_hidden_layers == 8
+
+
+@pytest.mark.parametrize(("preset", "share"), [("6t2i", 0.25), ("4t4i", 0.5), ("8x", 0.5), ("1t1i2s", 0.5)])
+def test_pictures_have_the_share_of_tokens_that_they_have_of_experts(path, preset, share):
+    data = load_config(path, ["data.image_share=experts"]).data
+    assert as_experts(data, MomaConfig.preset(preset).layout).image_share == share
+
+
+def test_rows_of_another_vocabulary_are_not_taken(path):
+    config = load_config(path)
+    _, processor = build_moma(config)
+    wider = MomaProcessor(processor.tokenizer, processor.image_tokenizer, processor.num_words + 64)
+    assert digest(config.data, wider) != digest(config.data, processor)
+
+
+def test_captions_that_leave_nothing_to_train_on_are_refused(path, tmp_path):
+    _, processor = build_moma(load_config(path))
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": "a caption"}]
+    (tmp_path / "captions.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}]))
+    captions = [f"data.captions=['{tmp_path}/captions.json']", "data.miniworld=0", "data.rows=5"]
+    with pytest.raises(UserError, match="no sample is left to train on"):
+        training_rows(load_config(path, captions).data, processor)
 
 
 def test_rows_are_made_once_and_anew_for_other_settings(path):

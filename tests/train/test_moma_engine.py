@@ -70,6 +70,36 @@ def test_losses_and_model_are_the_same_under_every_zero_stage(folder, zero_0, st
         "run.save_every=3",
     )
     torch.testing.assert_close(losses(resumed)[-2:], losses(zero_0)[-2:], rtol=1e-5, atol=0)
+    again = load_file(resumed / "model" / "model.safetensors")
+    for name in found:  # thresholds too, which no loss of training shows
+        torch.testing.assert_close(again[name], found[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_depths_tied_embeddings_and_checkpointing_under_zero_3_are_as_without(folder):
+    fields = (
+        "model.fields={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, "
+        "mixture_of_depths: 0.5, tie_word_embeddings: true}"
+    )
+    plain = run(folder, "plain", fields, "deepspeed.zero=0")
+    split = run(folder, "split", fields, "deepspeed.zero=3", SPLIT_ALL, "model.gradient_checkpointing=true")
+    torch.testing.assert_close(losses(split), losses(plain), rtol=1e-5, atol=0)
+    (one, _), (other, _) = (load_moma(output / "model") for output in (plain, split))
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    for (name, weight), found in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_in_bf16_token_choice_with_null_experts_learns_what_it_learns_in_fp32(folder):
+    fields = (
+        "model.fields={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, "
+        "routing: token_choice, num_null_experts: 2, num_experts_per_tok: 2, shared_expert_intermediate_size: 8}"
+    )
+    fine = run(folder, "fp32", fields, "deepspeed.zero=3", SPLIT_ALL)
+    rough = run(folder, "bf16", fields, "deepspeed.zero=3", SPLIT_ALL, "model.dtype=bf16")
+    assert not torch.equal(losses(rough), losses(fine))
+    torch.testing.assert_close(losses(rough), losses(fine), rtol=0.01, atol=0)
+    weights = load_file(rough / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
 def test_the_log_tells_losses_by_direction_and_that_they_are_leaky(zero_0):
@@ -128,10 +158,14 @@ def test_auxiliary_routers_learn_and_nothing_else_does(folder, zero_0):
 
 def test_upcycling_goes_on_with_the_data_and_starts_from_copies(folder, seed):
     start = f"model={{start_from: '{seed}/model', preset: 2t2i}}"
-    output = run(folder, "upcycled", "stage=upcycle", start, "optim.lr=1e-12", "optim.schedule=constant")
+    output = run(folder, "upcycled", "stage=upcycle", start, "optim.lr=1e-12")
     one, many = (load_file(path / "model" / "model.safetensors") for path in (seed, output))
     name = "model.layers.0.ffn.experts.down_proj"
     for expert, source in enumerate((0, 0, 1, 1)):
         torch.testing.assert_close(many[name][expert], one[name][source], atol=1e-6, rtol=1e-5)
     assert history(output)["rows_seen"] == 40 + 40
-    assert log(output)[0]["learning_rate"] <= 1e-12  # a schedule of its own
+    rates, seeds = ([entry["learning_rate"] for entry in log(path)] for path in (output, seed))
+    assert len(set(seeds)) > 1
+    assert [rate / 1e-12 for rate in rates] == pytest.approx(
+        [rate / 1e-2 for rate in seeds]
+    )  # its schedule starts anew

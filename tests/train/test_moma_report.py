@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from mllm.moma.scoring import LEAKY
+from mllm.moma.generation import load_moma
+from mllm.moma.scoring import LEAKY, evaluating, held_out_losses
 from tests.train.moma_data import write_moma_config
 from train.check import SETTINGS
 from train.config import load_config
@@ -37,6 +38,27 @@ def test_a_report_has_losses_a_grid_and_a_score_that_an_untrained_model_does_not
     page = (run / "report.md").read_text()
     assert "leaky" in page
     assert f"of {samples['drawn_right']['objects']}" in page
+
+
+def test_without_pictures_in_the_grid_what_is_drawn_is_scored_all_the_same(run, tmp_path):
+    (tmp_path / MODEL).symlink_to(run / MODEL)
+    config = load_config(run / SETTINGS, ["report={pictures: 0, scored: 2}"])
+    config.save(tmp_path / SETTINGS)
+    assert report.write_report(tmp_path)["samples"]["drawn_right"]["objects"] > 1
+    assert not (tmp_path / "samples.png").exists()
+    assert "samples.png" not in (tmp_path / "report.md").read_text()
+
+
+def test_losses_leave_the_model_as_it_was(run):
+    model, processor = load_moma(run / MODEL)
+    model.set_evaluation_routing(LEAKY)
+    rows = report.held_out_rows(load_config(run / SETTINGS), processor)
+    held_out_losses(model, rows, processor, mode="threshold")
+    assert model.routing_mode == LEAKY
+    with pytest.raises(RuntimeError), evaluating(model.train(), "threshold"):
+        raise RuntimeError
+    assert model.training
+    assert model.evaluation_routing == LEAKY
 
 
 def test_a_model_that_draws_what_is_named_scores_whole(run, monkeypatch):

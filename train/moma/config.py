@@ -1,7 +1,7 @@
 """Settings of the early-fusion stages; run, optim and deepspeed are those of every stage."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -33,7 +33,9 @@ class StreamSection(PictureSection):
     length: int = Field(512, ge=16)  # tokens of a row; documents are packed into it without padding
     rows: int | None = Field(None, gt=0)  # rows to make, samples over and over in new forms; null: each sample once
     forms: dict[str, float] = Field({"image_to_text": 1.0, "text_to_image": 1.0})  # also interleaved, text, image
-    image_share: float | None = Field(0.5, gt=0, lt=1)  # of image tokens; MoMa: as of experts. null: as it comes
+    # Of image tokens. experts: as many as the model has image experts beside those of text (MoMa), half where it has
+    # neither. null: as the forms make it.
+    image_share: Annotated[float, Field(gt=0, lt=1)] | Literal["experts"] | None = "experts"
     cache: Path = Path("runs/moma/rows")  # rows of these settings are found again by their digest
 
 
@@ -68,11 +70,14 @@ class MomaModelSection(Section):
     fields: dict[str, Any] = Field(
         {}
     )  # other fields of MomaConfig: hidden_size, routing, mixture_of_depths, choice_batch …
+    keep_flops: bool = (
+        True  # with mixture_of_depths a new model gets more layers, for what fields.num_hidden_layers cost
+    )
     text_tokenizer: str = "miniworld"  # whose words: a folder or hub id
     image_tokenizer: Path | None = None  # folder of a stage image_tokenizer; null with start_from: that model's
     start_from: Path | None = None  # model folder: routers stage, seed to upcycle (1t1i, dense), or a Llama's
     fresh: list[str] = Field([])  # upcycle: groups whose experts start at random, not as copies
-    router_noise: float = Field(1.0, ge=0)  # upcycle: of the Gumbel-sigmoid noise that tells copies apart
+    router_noise: float | None = Field(None, ge=0)  # upcycle: of Gumbel noise that tells copies apart; null: see there
     gradient_checkpointing: bool = False
     dtype: Literal["bf16", "fp32"] = "fp32"  # of computation; weights are fp32
 
@@ -114,6 +119,14 @@ class ImageTokenizerConfig(MomaStage):
     tokenizer: ImageTokenizerSection = ImageTokenizerSection()
 
 
+# Of the model's section, what a stage would take and ignore.
+UNUSED = {
+    "pretrain_moma": ("router_noise", "fresh"),  # MomaConfig's router_noise is one of `fields`
+    "upcycle": ("text_tokenizer",),
+    "train_causal_routers": ("preset", "fields", "text_tokenizer", "image_tokenizer", "router_noise", "fresh"),
+}
+
+
 class MomaTrainConfig(MomaStage):
     """Stages that train the model itself."""
 
@@ -131,8 +144,9 @@ class MomaTrainConfig(MomaStage):
             raise ValueError(f"stage {self.stage} needs model.start_from, the folder model/ of an earlier run")
         if self.stage == "pretrain_moma" and section.image_tokenizer is None:
             raise ValueError("stage pretrain_moma needs model.image_tokenizer: train one first, stage image_tokenizer")
-        if self.stage == "train_causal_routers" and section.fields:
-            raise ValueError("stage train_causal_routers leaves the model as it is: leave model.fields out")
+        for name in UNUSED[self.stage]:
+            if getattr(section, name) != MomaModelSection.model_fields[name].default:
+                raise ValueError(f"stage {self.stage} has no use for model.{name}: leave it out")
         return self
 
 

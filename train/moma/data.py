@@ -8,14 +8,17 @@ from itertools import count, islice
 from pathlib import Path
 
 from PIL import Image
+from rich.progress import track
 
 from data_recipes.miniworld import Split, draw_scene
 from mllm.data.conversation import Conversation
 from mllm.data.images import open_image
 from mllm.data.sources import Source
 from mllm.errors import UserError
+from mllm.moma.config import MomaConfig
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import FORMS, PackedRows, Sample, documents, write_rows
+from mllm.routing import MODALITIES, ExpertLayout
 from train.moma.config import PictureSection, StreamSection
 
 HELD_OUT = {0: "test", 10: "val"}  # of every 20 pictures of a caption file; the others are trained on
@@ -82,7 +85,13 @@ def training_rows(section: StreamSection, processor: MomaProcessor) -> PackedRow
 
 def _training_documents(section: StreamSection, processor: MomaProcessor) -> Iterator[list[int]]:
     """Each sample once, or over and over where the number of rows is given, in forms drawn anew each time."""
-    kept = list(samples(section, "train", processor))
+    known = None if section.captions else section.miniworld
+    kept = list(track(samples(section, "train", processor), "pictures to tokens", known, transient=True))
+    if not kept:
+        raise UserError(
+            f"data: no sample is left to train on: of every {PERIOD} pictures of a caption file, the first is for test "
+            "and the eleventh for validation. Give more pictures, or data.miniworld."
+        )
     for seed in count() if section.rows else (0,):
         yield from documents(kept, processor, weights=section.forms, image_share=section.image_share, seed=seed)
 
@@ -98,16 +107,35 @@ def held_out_documents(section: StreamSection, processor: MomaProcessor, split: 
 
 
 def digest(section: StreamSection, processor: MomaProcessor) -> str:
-    """A short name of all that rows follow from: settings, both tokenizers' weights, the caption files' bytes."""
+    """A short name of all that rows follow from: settings, vocabulary, both tokenizers, the caption files' bytes."""
     settings = section.model_dump(mode="json", exclude={"cache", "held_out"})
     settings |= {"captions": [], "image_root": None}  # where they lie does not matter; what they say is added below
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     name.update(json.dumps(processor.tokenizer.get_vocab(), sort_keys=True).encode())
+    name.update(json.dumps([processor.config_fields, processor.image_tokenizer.num_tokens], sort_keys=True).encode())
     for key, weight in processor.image_tokenizer.model.state_dict().items():
         name.update(key.encode() + weight.float().cpu().numpy().tobytes())
     for path in section.captions:
         name.update(f"{HELD_OUT} of {PERIOD}".encode() + Path(path).read_bytes())
     return name.hexdigest()[:16]
+
+
+def as_experts(section: StreamSection, layout: ExpertLayout) -> StreamSection:
+    """The settings with image_share as a number, where it goes by the model's experts."""
+    if section.image_share != "experts":
+        return section
+    text, image = (layout.groups.get(modality, 0) for modality in MODALITIES)
+    return section.model_copy(update={"image_share": image / (text + image) if text and image else 0.5})
+
+
+def check_length(section: StreamSection, config: MomaConfig, processor: MomaProcessor) -> None:
+    """Raises UserError where rows are longer than the model reads, or too short for a picture and a word of it."""
+    least = len(processor.open_ids([])) + processor.image_tokenizer.num_tokens + 3  # two markers and a word
+    if not least <= section.length <= config.max_position_embeddings:
+        raise UserError(
+            f"data.length={section.length}: a row holds at least a picture and a word, {least} tokens, and at most the "
+            f"model's max_position_embeddings, {config.max_position_embeddings}."
+        )
 
 
 def check_data(section: PictureSection) -> None:

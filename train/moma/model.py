@@ -9,11 +9,19 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mllm.build import load_processor
 from mllm.errors import UserError
-from mllm.moma import MomaConfig, MomaForCausalLM, from_language_model, upcycle
+from mllm.moma import (
+    MomaConfig,
+    MomaForCausalLM,
+    from_language_model,
+    language_model_config,
+    layers_at_equal_flops,
+    upcycle,
+    upcycled_config,
+)
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
 from train.config import suggest
@@ -73,8 +81,58 @@ def moma_config(section: MomaModelSection, processor: MomaProcessor) -> MomaConf
     """Raises UserError for an unknown field (the nearest is named) and for values that do not go together."""
     check_fields(section)
     config = MomaConfig.preset(section.preset, **processor.config_fields, **section.fields)
+    if config.causal_routing == "aux":
+        raise UserError(
+            "model.fields.causal_routing=aux goes by auxiliary routers, which learn afterwards, in stage "
+            "train_causal_routers: leave it out here."
+        )
+    if config.mixture_of_depths is not None and section.keep_flops:
+        config.num_hidden_layers = layers_at_equal_flops(config.num_hidden_layers, config.mixture_of_depths)
     processor.check(config)
     return config
+
+
+def config_of(config: MomaTrainConfig, processor: MomaProcessor) -> MomaConfig:
+    """The config of the model that `build_moma` would build, without its weights. Raises UserError as that does."""
+    section = config.model
+    if config.stage == "pretrain_moma":
+        return moma_config(section, processor)
+    if config.stage == "upcycle":
+        return upcycled_config(seed_config(section, processor), **upcycling(section))
+    found = MomaConfig.from_pretrained(section.start_from)
+    processor.check(found)
+    if not found.chooses_over_batch:
+        raise UserError(
+            f"model.start_from: in {section.start_from} nothing is chosen over a batch: it is causal already."
+        )
+    return found
+
+
+def seed_config(section: MomaModelSection, processor: MomaProcessor) -> MomaConfig:
+    """Of a seed to upcycle, a Moma model or a Llama."""
+    kind = kind_of(section.start_from)
+    if kind == MomaConfig.model_type:
+        config = MomaConfig.from_pretrained(section.start_from)
+    elif kind == "llama":
+        config = language_model_config(LlamaConfig.from_pretrained(section.start_from), **vocabulary(processor))
+    else:
+        raise UserError(f"model.start_from: a seed is a Moma model or a Llama, {section.start_from} is {kind!r}.")
+    processor.check(config)
+    return config
+
+
+def vocabulary(processor: MomaProcessor) -> dict[str, int]:
+    """What `from_language_model` must be told of it."""
+    names = ("codebook_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: processor.config_fields[name] for name in names}
+
+
+def upcycling(section: MomaModelSection) -> dict[str, Any]:
+    """What `upcycle` must be told besides the seed. Raises UserError for an unknown field."""
+    check_fields(section)
+    groups = MomaConfig.preset(section.preset).expert_groups
+    own = {"expert_groups": groups, "fresh": tuple(section.fresh), "router_noise": section.router_noise}
+    return own | section.fields
 
 
 def check_fields(section: MomaModelSection) -> None:
@@ -88,20 +146,13 @@ def check_fields(section: MomaModelSection) -> None:
 
 def upcycled(section: MomaModelSection, processor: MomaProcessor) -> MomaForCausalLM:
     """Many experts from the one or two of a seed, which is a Moma model or a Llama."""
-    check_fields(section)
-    kind = kind_of(section.start_from)
-    if kind == MomaConfig.model_type:
+    seed_config(section, processor)
+    if kind_of(section.start_from) == MomaConfig.model_type:
         seed = MomaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
-    elif kind == "llama":
-        llama = LlamaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
-        ids = {name: processor.config_fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        seed = from_language_model(llama, codebook_size=processor.image_tokenizer.codebook_size, **ids)
     else:
-        raise UserError(f"model.start_from: a seed is a Moma model or a Llama, {section.start_from} is {kind!r}.")
-    processor.check(seed.config)
-    groups = MomaConfig.preset(section.preset).expert_groups
-    noise = {"router_noise": section.router_noise}
-    return upcycle(seed, groups, fresh=tuple(section.fresh), **noise, **section.fields)
+        llama = LlamaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
+        seed = from_language_model(llama, **vocabulary(processor))
+    return upcycle(seed, **upcycling(section))
 
 
 # -- what a run leaves -------------------------------------------------------------------------------------------------
@@ -119,11 +170,16 @@ def rows_seen(config: MomaTrainConfig, data_digest: str) -> int:
 
 def gather_model(model: MomaForCausalLM) -> dict[str, Tensor]:
     """All weights and kept buffers, whole, on the CPU. All ranks must call it: under ZeRO-3 it gathers, one by one."""
-    parameters, weights = dict(model.named_parameters()), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied weights go by two names
+    weights: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        gathered = [parameters[name]] if name in parameters and hasattr(parameters[name], "ds_id") else []
-        with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
-            weights[name] = (gathered[0] if gathered else tensor).detach().to("cpu", copy=True)
+        whole = parameters.get(name, tensor)
+        if id(whole) not in copies:
+            gathered = [whole] if hasattr(whole, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
+                copies[id(whole)] = whole.detach().to("cpu", copy=True)
+        weights[name] = copies[id(whole)]
     return weights
 
 

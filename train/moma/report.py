@@ -42,7 +42,7 @@ def write_report(folder: Path) -> dict:
         mode: held_out_losses(model, rows, processor, mode=mode, batch_size=config.report.batch_size)
         for mode in evaluation_modes(model)
     }
-    wanted = max(config.report.pictures, config.report.scored) if config.report.pictures else 0
+    wanted = max(config.report.pictures, config.report.scored)
     shown = list(islice(captioned(config.data, "test"), wanted))
     report = {"stage": config.stage, "losses": losses, "made": provenance()}
     if shown:
@@ -68,7 +68,7 @@ def sample(
     section: ReportSection,
     path: Path,
 ) -> dict:
-    """Draws and describes; writes the grid: true pictures, the same through their codes, drawn from their captions.
+    """Draws and describes; writes the grid, if any: true pictures, those through their codes, drawn from captions.
 
     Where captions are miniworld's, the reader scores all that was drawn, and what the codes left of the true pictures;
     the grid and the descriptions are of the first ones.
@@ -78,8 +78,9 @@ def sample(
     through_codes = tokenizer.decode(tokenizer.encode(pictures))
     drawn = draw(model, processor, captions, guidance=section.guidance, temperature=section.temperature)
     first = slice(section.pictures)
-    grid([tokenizer.pictures(tokenizer.pixels(pictures[first])), through_codes[first], drawn[first]]).save(path)
     figures: dict = {"captions": captions[first], "described": describe(model, processor, pictures[first])}
+    if section.pictures:
+        grid([tokenizer.pictures(tokenizer.pixels(pictures[first])), through_codes[first], drawn[first]]).save(path)
     if all(read_caption(caption) for caption in captions):
         figures |= {"drawn_right": read(drawn, captions), "reconstructed_right": read(through_codes, captions)}
     return figures
@@ -102,7 +103,9 @@ def as_markdown(report: dict) -> str:
     if LEAKY in report["losses"]:
         lines += ["", "A leaky row is not a language model's loss: later tokens and other rows take part in routing."]
     if samples := report.get("samples"):
-        lines += ["", "![true, through codes, drawn from captions](samples.png)", ""]
+        if samples["captions"]:
+            lines += ["", "![true, through codes, drawn from captions](samples.png)"]
+        lines.append("")
         if "drawn_right" in samples:
             drawn, kept = samples["drawn_right"], samples["reconstructed_right"]["share"]
             lines += [

@@ -9,12 +9,12 @@ from transformers import ProgressCallback, set_seed
 
 from mllm.console import quieten
 from mllm.errors import UserError
-from mllm.moma.image_tokens import ImageTokenizer
+from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import PackedRows
 from train.check import check_batch, find_checkpoint
-from train.moma.config import MomaTrainConfig
-from train.moma.data import check_data, digest, training_rows
-from train.moma.model import MODEL, build_moma, build_processor, kind_of, moma_config, num_parameters, rows_seen
+from train.moma.config import MomaTrainConfig, StreamSection
+from train.moma.data import as_experts, check_data, check_length, digest, training_rows
+from train.moma.model import MODEL, build_moma, build_processor, config_of, num_parameters, rows_seen
 from train.moma.trainer import MomaTrainer
 from train.ranks import barrier
 from train.run import callbacks, is_first, prepare_folder, suit_cpu, training_arguments
@@ -26,12 +26,8 @@ def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     quieten()
     check_batch(config.run, ranks)
     check_data(config.data)
-    if config.model.start_from is not None:
-        kind_of(config.model.start_from)
-    if config.model.image_tokenizer is not None:
-        ImageTokenizer.from_pretrained(config.model.image_tokenizer)
-    if config.stage == "pretrain_moma":
-        moma_config(config.model, build_processor(config.model))
+    processor = build_processor(config.model)
+    check_length(config.data, config_of(config, processor), processor)
     find_checkpoint(config, MODEL)
 
 
@@ -48,7 +44,8 @@ def run_moma(config: MomaTrainConfig) -> None:
     checkpoint = find_checkpoint(config, MODEL)
     model, processor = build_moma(config)
     arguments = training_arguments(config, config.run.steps)
-    rows, name = first_rank_first(config, processor), digest(config.data, processor)
+    data = as_experts(config.data, model.config.layout)
+    rows, name = first_rank_first(data, processor), digest(data, processor)
     start = rows_seen(config, name)
     if is_first():
         show_run(config, model, rows, start)
@@ -73,12 +70,12 @@ def run_moma(config: MomaTrainConfig) -> None:
             report(config.run.output_dir)
 
 
-def first_rank_first(config: MomaTrainConfig, processor: object) -> PackedRows:
+def first_rank_first(data: StreamSection, processor: MomaProcessor) -> PackedRows:
     """The rows, made by one rank while the others wait."""
     if is_first():
-        training_rows(config.data, processor)
+        training_rows(data, processor)
     barrier()
-    return training_rows(config.data, processor)
+    return training_rows(data, processor)
 
 
 def show_run(config: MomaTrainConfig, model: torch.nn.Module, rows: PackedRows, start: int) -> None:
@@ -86,7 +83,8 @@ def show_run(config: MomaTrainConfig, model: torch.nn.Module, rows: PackedRows, 
     total, learning = num_parameters(model)
     image = rows.ids_RS >= model.config.image_token_start
     print(
-        f"stage {config.stage}: {learning:,} of {total:,} parameters learn; experts {model.config.expert_groups}\n"
+        f"stage {config.stage}: {learning:,} of {total:,} parameters learn; {model.config.num_hidden_layers} layers, "
+        f"experts {model.config.expert_groups}\n"
         f"{len(rows):,} rows of {rows.ids_RS.shape[1]} tokens, {image.mean():.0%} of them image codes; "
         f"begins at row {start:,} of the run's order",
         flush=True,

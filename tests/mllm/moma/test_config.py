@@ -25,6 +25,11 @@ def test_a_preset_of_another_form_is_refused():
         MomaConfig.preset("big")
 
 
+def test_a_preset_with_a_field_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="no field 'rooting'; did you mean routing"):
+        MomaConfig.preset("4x", rooting="token_choice")
+
+
 def test_image_codes_are_the_last_ids_unless_told_otherwise():
     assert tiny_config().image_token_start == VOCAB - CODES
     assert tiny_config(image_token_start=3).image_token_start == 3
@@ -49,6 +54,12 @@ def test_layers_at_equal_flops_are_those_of_the_papers_table(layers, with_depths
         ({"expert_groups": {"all": 4, "text": 1}}, "'all' stands alone"),
         ({"expert_groups": {"text": 4}}, "image tokens without an expert"),
         ({"expert_groups": {"all": 1}, "shared_expert_intermediate_size": 8}, "nothing beside its FFN"),
+        ({**TOKEN_CHOICE, "real_share": 0.5}, "with num_null_experts=0 it must be None"),
+        ({**TOKEN_CHOICE, "num_null_experts": 2, "real_share": 1.5}, "in .0, 1."),
+        ({**TOKEN_CHOICE, "num_null_experts": -1}, "num_null_experts must not be negative"),
+        ({**TOKEN_CHOICE, "choice_batch": "global"}, "experts that choose"),
+        ({"router_noise": -1.0}, "router_noise must not be negative"),
+        ({"threshold_momentum": 7.0}, "threshold_momentum must be in"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(fields, match):

@@ -9,12 +9,19 @@ from mllm.moma import MomaForCausalLM
 from mllm.moma.cost import head_flops, moma_cost
 from tests.mllm.moma.helpers import IDS, MASK, TOKEN_CHOICE, tiny_config, tiny_moma, with_auxiliary
 
+
+def by_thresholds(model):
+    model.set_evaluation_routing("threshold")
+    return model
+
+
 MODELS = {
     "dense": lambda: tiny_moma("dense"),
     "8x": lambda: tiny_moma("8x"),
     "1t1i": lambda: tiny_moma("1t1i"),
     "2t2i": lambda: tiny_moma("2t2i"),
     "auxiliary": lambda: with_auxiliary(tiny_moma("2t2i")),
+    "auxiliary, by thresholds": lambda: by_thresholds(with_auxiliary(tiny_moma("2t2i", mixture_of_depths=0.5))),
     "shared": lambda: tiny_moma("2t2i1s", shared_expert_intermediate_size=16),
     "depth": lambda: tiny_moma("2t2i", mixture_of_depths=0.5),
     "token choice": lambda: tiny_moma("8x", num_experts_per_tok=2, **TOKEN_CHOICE),

@@ -29,6 +29,12 @@ def test_every_other_layer_from_the_first_on_works_on_its_share_of_the_batch():
     assert chosen == {"layers.0.depth_router": share, "layers.2.depth_router": share}
 
 
+def test_masks_of_another_form_are_refused_since_the_layer_makes_its_own():
+    tokens = IDS.shape[1]
+    with pytest.raises(UserError, match=r"attention_mask \[B, S\]"):
+        deep()(IDS, attention_mask=torch.ones(len(IDS), 1, tokens, tokens, dtype=torch.bool))
+
+
 def test_the_experts_of_such_a_layer_share_out_the_tokens_it_works_on():
     model = deep().train()
     scores(model, IDS)
@@ -71,7 +77,7 @@ def test_gradients_are_finite_and_reach_the_depth_router_also_where_a_row_has_no
     is_worked_BS = model.routing_context.choices["layers.0.depth_router"].is_chosen_TE.view(IDS.shape)
     assert not is_worked_BS.any(1).all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert model.model.layers[0].depth_router.weight.grad.any()
+    assert model.model.layers[0].depth_router.linear.weight.grad.any()
 
 
 def test_what_is_passed_by_is_not_computed():

@@ -30,7 +30,7 @@ def context(ids, mode="batch", mask=None) -> MomaContext:
 
 def choice_router(layout="split", **options) -> ChoiceRouter:
     router = ChoiceRouter(WIDTH, LAYOUTS[layout], **options)
-    torch.nn.init.normal_(router.weight)
+    torch.nn.init.normal_(router.linear.weight)
     return router
 
 
@@ -129,7 +129,7 @@ def test_the_routing_weighs_picks_by_their_sigmoid_scores_without_renormalising(
     ids, hidden = random_batch()
     router = choice_router("split")
     choice = choose(router, ids, hidden)
-    expected = (hidden @ router.weight.T).sigmoid() * choice.is_chosen_TE
+    expected = (hidden @ router.linear.weight.T).sigmoid() * choice.is_chosen_TE
     torch.testing.assert_close(choice.routing().weights_TE, expected)
 
 

@@ -53,6 +53,7 @@ def test_after_a_begin_come_exactly_a_pictures_codes_then_the_end_then_words(pro
         ids.append(first)
     assert allowed(processor, ids) == [end]
     assert allowed(processor, [*ids, end]) == [*words, begin]
+    assert allowed(processor, [*ids, first]) == [end]  # a prompt with more than a picture has room for
 
 
 def test_rows_are_held_to_the_rule_each_by_itself(processor):
@@ -125,6 +126,28 @@ def test_the_command_draws_and_describes(folder, tmp_path):
     described = runner.invoke(app, ["generate", "--model", str(folder), "--image", str(out)])
     assert described.exit_code == 0, described.output
     assert runner.invoke(app, ["generate", "--model", str(folder)]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text", " "], "--text is empty"),
+        (["--text", "red", "--out", "x.movie"], "no kind of picture"),
+        (["--text", "red", "--out", "nowhere/x.png"], "no folder nowhere"),
+        (["--text", "red", "--guidance", "0.5"], "--guidance"),
+        (["--text", "red", "--temperature", "-1"], "--temperature"),
+    ],
+)
+def test_what_cannot_be_drawn_or_written_is_told_before_the_model_is_read(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(app, ["generate", "--model", "no-model", *options])
+    assert refused.exit_code == 2
+    assert words in refused.output
+
+
+def test_a_caption_that_leaves_no_room_for_a_picture_is_refused(model, processor):
+    with pytest.raises(UserError, match="shorten it"):
+        draw(model, processor, ["red " * 64])
 
 
 def test_a_folder_is_read_as_it_was_written(folder, model, processor):

@@ -65,7 +65,7 @@ def test_one_expert_with_the_gate_fixed_to_one_equals_the_dense_ffn(norm_positio
     context.begin(input_ids=IDS)
     dense, experts = DenseFFN(config), ExpertFFN(config, context, "ffn")
     experts.router = ChoiceRouter(config.hidden_size, config.layout)  # a lone expert takes all tokens, with weight one
-    torch.nn.init.normal_(experts.router.weight)
+    torch.nn.init.normal_(experts.router.linear.weight)
     with torch.no_grad():
         experts.experts.gate_up_proj[0] = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])
         experts.experts.down_proj[0] = dense.down_proj.weight
@@ -97,6 +97,20 @@ def slow_ffn(ffn: ExpertFFN, hidden_TD):
                 expert_D = ffn.experts.down_proj[e] @ (F.silu(gate_I) * up_I)
                 output_TD[t] += routing.expert_weights_TK[t, k] * expert_D
     return output_TD
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+def test_under_autocast_experts_compute_in_its_type_as_a_dense_ffn_does(experts):
+    config = tiny_config("1t1i")
+    config._experts_implementation = experts
+    module = MomaExperts(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    rows, expert = torch.randn(6, config.hidden_size), torch.tensor([0, 0, 0, 1, 1, 1])[:, None]
+    rounded = rows.bfloat16().float()
+    assert not torch.equal(module(rows, expert, torch.ones(6, 1)), module(rounded, expert, torch.ones(6, 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(rows, expert, torch.ones(6, 1)), module(rounded, expert, torch.ones(6, 1)))
 
 
 @pytest.mark.parametrize("fields", [{}, {"routing": "token_choice", "num_experts_per_tok": 2}])
@@ -214,7 +228,7 @@ def test_gradients_reach_every_expert_and_every_router(preset, fields):
     model = tiny_moma(preset, **fields).train()
     model(IDS, labels=IDS).loss.backward()
     for layer in model.model.layers:
-        for parameter in (*layer.ffn.experts.parameters(), layer.ffn.router.weight):
+        for parameter in (*layer.ffn.experts.parameters(), layer.ffn.router.linear.weight):
             assert parameter.grad.flatten(1).abs().sum(1).min() > 0
 
 
@@ -232,17 +246,29 @@ def test_behind_a_post_norm_the_gate_of_a_token_with_one_expert_gets_no_gradient
     model = tiny_moma("2x", norm_position=norm_position).train()
     with torch.no_grad():
         for layer in model.model.layers:  # opposite scores: half of the tokens each, none twice
-            layer.ffn.router.weight[1] = -layer.ffn.router.weight[0]
+            layer.ffn.router.linear.weight[1] = -layer.ffn.router.linear.weight[0]
     model(IDS, labels=IDS).loss.backward()
     assert (model.routing_context.stack("is_taken_TK").sum(2) == 1).all()
-    gradient = model.model.layers[-1].ffn.router.weight.grad.abs().max()
+    gradient = model.model.layers[-1].ffn.router.linear.weight.grad.abs().max()
     assert bool(gradient > 1e-4) == reaches
 
 
-@pytest.mark.parametrize("fields", [{}, {"mixture_of_depths": 0.5, "router_noise": 1.0}, BRIDGE])
-def test_checkpointing_changes_neither_loss_nor_gradients_nor_thresholds(fields):
+@pytest.mark.parametrize(
+    ("fields", "auxiliary"),
+    [
+        ({}, False),
+        ({"mixture_of_depths": 0.5, "router_noise": 1.0}, False),
+        (BRIDGE, False),
+        ({"mixture_of_depths": 0.5}, True),
+    ],
+)
+def test_checkpointing_changes_neither_loss_nor_gradients_nor_thresholds(fields, auxiliary):
     plain = tiny_moma("4x", **fields).train()
     checkpointed = tiny_moma("4x", **fields).train()
+    if auxiliary:
+        for model in (plain, checkpointed):
+            torch.manual_seed(2)
+            model.begin_auxiliary_stage()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     losses = []
     for model in (plain, checkpointed):

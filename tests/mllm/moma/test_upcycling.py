@@ -40,7 +40,7 @@ def test_without_it_the_routed_output_is_the_seeds_times_the_sum_of_gates():
     model = with_all_chosen(upcycle(seed, {"text": 4, "image": 2}, router_noise=0.0))
     ffn, hidden = model.model.layers[1].ffn, torch.randn(*IDS.shape, 16)
     with torch.no_grad():
-        ffn.router.weight.zero_()  # σ(0): every gate is a half
+        ffn.router.linear.weight.zero_()  # σ(0): every gate is a half
         for made in (seed, model):
             made.routing_context.begin(mode="threshold", input_ids=IDS)
         gates_BS1 = 0.5 * torch.tensor([4, 2])[(IDS >= 24).long()][..., None]
