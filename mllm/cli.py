@@ -19,6 +19,7 @@ from mllm.errors import UserError
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
 )
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")  # that are written
 console = Console()
 
 Arms = Annotated[
@@ -242,12 +243,10 @@ def generate(
 
 def check_drawable(text: str, out: Path) -> None:
     """Raises UserError for an empty text, and a file that no picture can be written to: before the model is read."""
-    from PIL import Image
-
     if not text.strip():
         raise UserError("--text is empty: say what the picture shows.")
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {out}: {out.suffix or 'no suffix'} is no kind of picture; name it .png or .jpg.")
+    if out.suffix.lower() not in PICTURES or out.is_dir():
+        raise UserError(f"--out {out}: expected a file {', '.join(PICTURES)}.")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
 

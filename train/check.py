@@ -26,10 +26,6 @@ FREE_ON_RESUME = {
 }
 
 
-# Whose experts choose among a micro-batch: its size changes what is learned.
-BATCH_CHOOSES = ("pretrain_moma", "train_causal_routers", "upcycle")
-
-
 def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     """The run's mixture, opened, once everything a run needs was found in order.
 
@@ -133,10 +129,22 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
         )
 
 
+def chooses_over_batch(settings: Mapping) -> bool:
+    """Whether experts or layers choose among a micro-batch (`mllm.moma`): then its size changes what is learned."""
+    if settings.get("stage") not in ("pretrain_moma", "train_causal_routers", "upcycle"):
+        return False
+    model = settings.get("model") or {}
+    fields = model.get("fields") or {}
+    experts_choose = fields.get("routing", "expert_choice") == "expert_choice"
+    return fields.get("mixture_of_depths") is not None or (
+        experts_choose and (settings["stage"] == "train_causal_routers" or model.get("preset") not in ("dense", "1t1i"))
+    )
+
+
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """Settings that differ between a run and the one that would go on with it, as `section.key: old, now new`."""
     changed = []
-    fixed = {"micro_batch_size"} if new.get("stage") in BATCH_CHOOSES else set()
+    fixed = {"micro_batch_size"} if chooses_over_batch(new) else set()
     for section, values in new.items():
         before = old.get(section)
         if not isinstance(values, dict):

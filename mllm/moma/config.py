@@ -23,6 +23,13 @@ CHOICES = {
     "null_balance": ("averaged", "each"),
     "balance": (*BALANCE_LOSSES, "none"),
 }
+NOT_NEGATIVE = (
+    "num_null_experts", "router_noise", "balance_loss_weight", "z_loss_weight", "image_side",
+    "shared_expert_intermediate_size",
+)  # fmt: skip
+# What transformers takes besides the names that it keeps.
+TAKEN = ("attn_implementation", "experts_implementation", "torch_dtype", "num_labels", "rope_theta", "rope_scaling",
+         "partial_rotary_factor", "quantization_config", "auto_map", "name_or_path")  # fmt: skip
 
 
 class MomaConfig(LlamaConfig):
@@ -181,9 +188,11 @@ class MomaConfig(LlamaConfig):
             )
 
     def _check_values(self) -> None:
-        for field in ("num_null_experts", "router_noise", "balance_loss_weight", "z_loss_weight", "image_side"):
-            if getattr(self, field) < 0:
-                raise UserError(f"{field} must not be negative, got {getattr(self, field)}.")
+        for field in NOT_NEGATIVE:
+            value = getattr(self, field)
+            parts = value.values() if field == "num_null_experts" and isinstance(value, dict) else [value]
+            if not all(isinstance(part, int | float) and part >= 0 for part in parts):
+                raise UserError(f"{field} must be a number from 0 on, got {value!r}.")
         if not 0 <= self.threshold_momentum < 1:
             raise UserError(f"threshold_momentum must be in [0, 1), got {self.threshold_momentum}.")
         if self.real_share is not None and not (0 < self.real_share <= 1 and self.num_null_experts):
@@ -199,8 +208,6 @@ class MomaConfig(LlamaConfig):
                 "token_choice the balance loss would count tokens that no layer worked on, and causal it is already. "
                 "Leave them out (router_noise=0)."
             )
-        if self.choice_batch != "rank":
-            raise UserError('choice_batch="global" is for experts that choose; with token_choice leave it out.')
         if not 1 <= self.num_experts_per_tok <= fewest:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok}, but some tokens choose among {fewest} experts."
@@ -215,10 +222,10 @@ class MomaConfig(LlamaConfig):
 
 def refuse_unknown(fields: Iterable[str]) -> None:
     """Raises UserError for the name of a field that MomaConfig does not have: transformers would take it silently."""
-    config = MomaConfig()
+    known = [*MomaConfig().to_dict(), *TAKEN]
     for name in fields:
-        if not (hasattr(config, name) or hasattr(config, f"_{name}")):  # attn_implementation becomes the latter
-            near = get_close_matches(name, config.to_dict(), n=1, cutoff=0.5)
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f"MomaConfig has no field {name!r}{f'; did you mean {near[0]}?' if near else '.'}")
 
 

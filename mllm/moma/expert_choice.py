@@ -121,23 +121,6 @@ class ExpertChoice:
         )
 
 
-class RouterLinear(KeepsFp32):
-    """x W without bias, fp32 whatever the model computes in.
-
-    A module of its own that returns a tensor: of one that returns an ExpertChoice DeepSpeed would not see what its
-    backward pass needs, and ZeRO-3 would not gather the weight for it.
-    """
-
-    def __init__(self, width: int, num_experts: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
-
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        """hidden_TD -> logits_TE, fp32."""
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
-            return F.linear(hidden_TD.float(), self.weight.float())
-
-
 class AuxiliaryRouter(KeepsFp32):
     """σ(SiLU(x W1) W2), W1 of each group its own: predicts from the token alone what the batch would choose (MoMa)."""
 
@@ -157,7 +140,11 @@ class AuxiliaryRouter(KeepsFp32):
 
 
 class ChoiceRouter(KeepsFp32):
-    """hidden_TD -> ExpertChoice. A bias-free linear map and a sigmoid, fp32 whatever the model computes in.
+    """hidden_TD -> logits_TE, and `choose` -> ExpertChoice. A bias-free linear map and a sigmoid, fp32 whatever the
+    model computes in.
+
+    The module's own output is a tensor: of an ExpertChoice DeepSpeed would not see what its backward pass needs, and
+    ZeRO-3 would not gather the weight for it.
 
     An expert that shares its tokens with no other takes all of them, in every mode, with weight one.
     `threshold` [E] is the running mean of cut-off scores over training batches; before the first it is 1/2.
@@ -177,7 +164,7 @@ class ChoiceRouter(KeepsFp32):
         super().__init__()
         self.layout, self.share, self.noise, self.momentum, self.is_global = layout, share, noise, momentum, is_global
         self.width = width
-        self.linear = RouterLinear(width, layout.num_experts)
+        self.weight = nn.Parameter(torch.empty(layout.num_experts, width))
         self.auxiliary: AuxiliaryRouter | None = None
         if with_auxiliary:
             self.add_auxiliary()
@@ -196,22 +183,27 @@ class ChoiceRouter(KeepsFp32):
     def add_auxiliary(self) -> None:
         """Give it an auxiliary router, which does not learn until it is told to."""
         auxiliary = AuxiliaryRouter(self.width, list(self.layout.groups.values()))
-        self.auxiliary = auxiliary.to(self.linear.weight.device).requires_grad_(False)
+        self.auxiliary = auxiliary.to(self.weight.device).requires_grad_(False)
 
     @property
     def is_trainable(self) -> bool:
         """Whether it learns itself."""
-        return self.linear.weight.requires_grad
+        return self.weight.requires_grad
 
     @property
     def trains_auxiliary(self) -> bool:
         """Whether its auxiliary router is what learns."""
         return self.auxiliary is not None and self.auxiliary.inner.requires_grad
 
-    def forward(self, hidden_TD: Tensor, context: MomaContext, is_open_T: Tensor) -> ExpertChoice:
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+            return F.linear(hidden_TD.float(), self.weight.float())
+
+    def choose(self, hidden_TD: Tensor, context: MomaContext, is_open_T: Tensor) -> ExpertChoice:
+        """What the experts choose among the open tokens, in the context's mode."""
         allowed_TE = self.allowed_PE[context.modality_T] if self.layout.is_grouped else self.allowed_PE
         is_open_TE = allowed_TE & is_open_T[:, None]
-        clean_TE = self.linear(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
+        clean_TE = self(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
         logits_TE = self._with_noise(clean_TE)
         scores_TE = logits_TE.sigmoid().masked_fill(self.is_lone_E & allowed_TE, 1)
         auxiliary_TE = cutoff_E = None

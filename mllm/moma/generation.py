@@ -68,6 +68,12 @@ class WholePictures(LogitsProcessor):
         return length - 1 - last_N
 
 
+def leaves_room(model: MomaForCausalLM, processor: MomaProcessor, caption: str) -> bool:
+    """Whether a picture of the caption fits behind it, among the model's positions."""
+    prompt = len(processor.open_ids([caption])) + 1  # the begin of a picture
+    return prompt + processor.image_tokenizer.num_tokens <= model.config.max_position_embeddings
+
+
 def draw(
     model: MomaForCausalLM,
     processor: MomaProcessor,
@@ -89,13 +95,13 @@ def draw(
 
     Raises UserError where the model's experts do not choose causally, and for a caption that leaves no room.
     """
+    for caption in captions:
+        if not leaves_room(model, processor, caption):
+            raise UserError(f"Beside a picture the model does not read as long a caption as this: {caption!r}")
     device, pictures = model.device, []
     torch.manual_seed(seed)
     for start in range(0, len(captions), PROMPTS_AT_ONCE):
         rows = [[*processor.open_ids([text]), processor.begin_image_id] for text in captions[start:][:PROMPTS_AT_ONCE]]
-        room = model.config.max_position_embeddings - processor.image_tokenizer.num_tokens
-        if (longest := max(map(len, rows))) > room:
-            raise UserError(f"A caption of {longest} tokens, but beside a picture the model reads {room}: shorten it.")
         ids, mask = _left_padded(rows, model.config.pad_token_id)
         options: dict[str, object] = {}
         if guidance != 1:

@@ -62,7 +62,8 @@ def sorted_grouped_mm(experts: MomaExperts, hidden_ND: Tensor, expert_N1: Tensor
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_ND, expert_N1, weight_N1)  # which knows older cards
     offsets_E = (expert_N1 <= torch.arange(experts.num_experts, device=expert_N1.device)).sum(0, dtype=torch.int32)
     dtype, device = experts.gate_up_proj.dtype, hidden_ND.device.type
-    if torch.is_autocast_enabled(device):  # of which grouped_mm knows nothing
+    is_aligned = all(size % 8 == 0 for size in experts.down_proj.shape[1:])  # rows of two-byte types of 16 bytes
+    if torch.is_autocast_enabled(device) and is_aligned:  # of which grouped_mm knows nothing
         dtype = torch.get_autocast_dtype(device)
     up_EJD, down_EDI = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
     gate_up_NJ = F.grouped_mm(hidden_ND.to(dtype), up_EJD.mT, offs=offsets_E)
@@ -157,7 +158,7 @@ class ExpertFFN(nn.Module):
         context = self.routing_context
         is_open_T = ~context.is_pad_T if is_worked_T is None else is_worked_T & ~context.is_pad_T
         if isinstance(self.router, ChoiceRouter):
-            choice = self.router(hidden_TD, context, is_open_T)
+            choice = self.router.choose(hidden_TD, context, is_open_T)
             context.record_choice(f"{self.name}.router", choice)
             routing = choice.routing()
         else:
@@ -244,7 +245,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
 
     def _choose_depth(self, hidden_BSD: Tensor) -> ExpertChoice:
         context = self.routing_context
-        choice = self.depth_router(hidden_BSD.flatten(0, 1), context, ~context.is_pad_T)
+        choice = self.depth_router.choose(hidden_BSD.flatten(0, 1), context, ~context.is_pad_T)
         context.record_choice(f"{self.name}.depth_router", choice)
         return choice
 
@@ -292,7 +293,7 @@ class MomaPreTrainedModel(LlamaPreTrainedModel):
             init.normal_(module.inner, std=std)
             init.normal_(module.outer, std=std)
         elif isinstance(module, ChoiceRouter):
-            init.normal_(module.linear.weight, std=std)
+            init.normal_(module.weight, std=std)
             init.constant_(module.threshold, 0.5)
             init.zeros_(module.batches_seen)
             init.copy_(module.allowed_PE, module.layout.allowed_PX)  # not saved, like all that follows from the config

@@ -42,8 +42,8 @@ def evaluation_modes(model: MomaForCausalLM) -> list[str]:
 def evaluating(model: MomaForCausalLM, mode: str | None) -> Iterator[None]:
     """The model in evaluation, its experts choosing by a mode of `evaluation_modes`; afterwards all is as before."""
     was_training, before = model.training, model.evaluation_routing
-    model.eval().set_evaluation_routing(None if mode == "token" else mode)
     try:
+        model.eval().set_evaluation_routing(None if mode == "token" else mode)
         yield
     finally:
         model.train(was_training).set_evaluation_routing(before)

@@ -22,6 +22,12 @@ from mllm.moma.config import MomaConfig, refuse_unknown
 from mllm.moma.modeling import MomaForCausalLM
 from mllm.routing.layout import ALL
 
+# Fields that a seed's weights and vocabulary fix.
+SHAPE = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "codebook_size", "image_token_start", "begin_image_token_id", "end_image_token_id", "image_side",
+    "expert_groups",
+}  # fmt: skip
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -80,6 +86,8 @@ def upcycled_config(
 ) -> MomaConfig:
     """The config of what `upcycle` makes. Raises UserError as that does."""
     refuse_unknown(changes)
+    if fixed := sorted(SHAPE & changes.keys()):
+        raise UserError(f"The seed's weights decide {fixed[0]}: leave it out.")
     if changes.get("causal_routing") == "aux":
         raise UserError('causal_routing="aux" goes by auxiliary routers, which learn later: begin_auxiliary_stage().')
     _sources(seed, expert_groups, fresh)
@@ -145,6 +153,7 @@ def from_language_model(model: LlamaForCausalLM, *, codebook_size: int, **change
 
 def language_model_config(config: LlamaConfig, *, codebook_size: int, **changes: Any) -> MomaConfig:
     """The config of what `from_language_model` makes. Raises UserError as that does."""
+    refuse_unknown(changes)
     if config.model_type != "llama" or config.mlp_bias:
         raise UserError(
             f"from_language_model takes a Llama without MLP biases (Llama 2 and 3, SmolLM, TinyLlama …), got "

@@ -90,10 +90,20 @@ def test_a_folder_with_another_run_is_not_gone_on_with(folder):
         find_checkpoint(load_config(folder / "config.yaml", ["run.seed=5"]))
 
 
-@pytest.mark.parametrize(("stage", "changed"), [("instruct", []), ("upcycle", ["run.micro_batch_size: 2, now 8"])])
-def test_the_micro_batch_is_free_unless_experts_choose_among_it(stage, changed):
-    old, new = ({"stage": stage, "run": {"micro_batch_size": size}} for size in (2, 8))
-    assert differences(old, new) == changed
+@pytest.mark.parametrize(
+    ("settings", "is_free"),
+    [
+        ({"stage": "instruct", "model": {}}, True),
+        ({"stage": "pretrain_moma", "model": {"preset": "4t4i"}}, False),
+        ({"stage": "pretrain_moma", "model": {"preset": "1t1i"}}, True),
+        ({"stage": "pretrain_moma", "model": {"preset": "1t1i", "fields": {"mixture_of_depths": 0.5}}}, False),
+        ({"stage": "upcycle", "model": {"preset": "4t4i", "fields": {"routing": "token_choice"}}}, True),
+        ({"stage": "train_causal_routers", "model": {"preset": "4t4i"}}, False),
+    ],
+)
+def test_the_micro_batch_is_free_unless_something_is_chosen_among_it(settings, is_free):
+    old, new = (settings | {"run": {"micro_batch_size": size}} for size in (2, 8))
+    assert differences(old, new) == ([] if is_free else ["run.micro_batch_size: 2, now 8"])
 
 
 def test_the_newest_checkpoint_is_taken_by_number_not_by_name(folder):

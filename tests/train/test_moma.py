@@ -37,6 +37,13 @@ def path(tmp_path_factory):
         (["model.router_noise=0.7"], "no use for model.router_noise"),
         (["model.fresh=[image]"], "no use for model.fresh"),
         (["stage=train_causal_routers", "model={start_from: x, preset: 2t2i}"], "no use for model.preset"),
+        (["stage=train_causal_routers", "model={start_from: x, fields: {image_side: 2}}"], "no use for model.fields"),
+        (
+            ["stage=train_causal_routers", "model={start_from: x, gradient_checkpointing: true}"],
+            "no use for model.gradient_checkpointing",
+        ),
+        (["stage=upcycle", "model={start_from: x, text_tokenizer: y}"], "no use for model.text_tokenizer"),
+        (["stage=upcycle", "model={start_from: x, keep_flops: false}"], "no use for model.keep_flops"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(path, overrides, words):
@@ -54,7 +61,8 @@ def test_settings_that_do_not_fit_are_refused_by_name(path, overrides, words):
         (["data.captions=[nowhere.json]"], "nowhere.json"),
         (["run.batch_size=3"], "batch_size"),
         (["model.fields.causal_routing=aux"], "train_causal_routers"),
-        (["data.length=64", "model.fields.max_position_embeddings=32"], "max_position_embeddings, 32"),
+        (["model.fields.max_position_embeddings=7"], r"max_position_embeddings \(7\)"),
+        (["model.fields.pad_token_id=7"], "unknown key model.fields.pad_token_id"),
     ],
 )
 def test_a_run_that_cannot_go_is_refused_before_it_starts(path, overrides, words):
@@ -67,6 +75,8 @@ def test_a_run_that_cannot_go_is_refused_before_it_starts(path, overrides, words
     [
         ("upcycle", "1t1i", "preset: 2t2i, fields: {rooting: 1}", "unknown key model.fields.rooting"),
         ("upcycle", "1t1i", "preset: many", "preset"),
+        ("upcycle", "1t1i", "preset: 2t2i, fields: {hidden_size: 32}", "seed's weights decide hidden_size"),
+        ("upcycle", "1t1i", "preset: 2t2i, image_tokenizer: x", "leave model.image_tokenizer out"),
         ("upcycle", "2t2i", "preset: 4t4i", "A seed has one expert a group"),
         ("upcycle", "1t1i", "preset: 4x", "no expert for the group"),
         ("upcycle", "1t1i", "preset: 2t2i, fields: {causal_routing: aux}", "begin_auxiliary_stage"),
@@ -100,7 +110,7 @@ def test_a_row_that_holds_no_picture_with_a_word_is_refused(path):
     check_moma(config, ranks=1)
     _, processor = build_moma(config)
     check_length(config.data.model_copy(update={"length": 8}), MomaConfig(), processor)
-    with pytest.raises(UserError, match="at least a picture and a word, 8 tokens"):
+    with pytest.raises(UserError, match="A picture and a word are 8 tokens"):
         check_length(config.data.model_copy(update={"length": 7}), MomaConfig(), processor)
 
 
@@ -116,11 +126,15 @@ def test_pictures_have_the_share_of_tokens_that_they_have_of_experts(path, prese
     assert as_experts(data, MomaConfig.preset(preset).layout).image_share == share
 
 
-def test_rows_of_another_vocabulary_are_not_taken(path):
+def test_rows_of_another_vocabulary_or_size_of_pictures_are_not_taken(path, monkeypatch):
     config = load_config(path)
     _, processor = build_moma(config)
+    name = digest(config.data, processor)
+    with monkeypatch.context() as changed:
+        changed.setattr(processor.image_tokenizer, "num_tokens", 9)
+        assert digest(config.data, processor) != name
     wider = MomaProcessor(processor.tokenizer, processor.image_tokenizer, processor.num_words + 64)
-    assert digest(config.data, wider) != digest(config.data, processor)
+    assert digest(config.data, wider) != name
 
 
 def test_captions_that_leave_nothing_to_train_on_are_refused(path, tmp_path):

@@ -94,7 +94,7 @@ def test_in_bf16_token_choice_with_null_experts_learns_what_it_learns_in_fp32(fo
         "model.fields={hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, "
         "routing: token_choice, num_null_experts: 2, num_experts_per_tok: 2, shared_expert_intermediate_size: 8}"
     )
-    fine = run(folder, "fp32", fields, "deepspeed.zero=3", SPLIT_ALL)
+    fine = run(folder, "fp32", fields, "data.image_share=experts", "deepspeed.zero=3", SPLIT_ALL)
     rough = run(folder, "bf16", fields, "deepspeed.zero=3", SPLIT_ALL, "model.dtype=bf16")
     assert not torch.equal(losses(rough), losses(fine))
     torch.testing.assert_close(losses(rough), losses(fine), rtol=0.01, atol=0)

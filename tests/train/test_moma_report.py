@@ -1,10 +1,12 @@
 """The report of a finished early-fusion run, on a model that knows nothing and on one that draws the truth."""
 
 import json
+from itertools import islice
 
 import pytest
 from PIL import Image
 
+from mllm.errors import UserError
 from mllm.moma.generation import load_moma
 from mllm.moma.scoring import LEAKY, evaluating, held_out_losses
 from tests.train.moma_data import write_moma_config
@@ -49,12 +51,23 @@ def test_without_pictures_in_the_grid_what_is_drawn_is_scored_all_the_same(run, 
     assert "samples.png" not in (tmp_path / "report.md").read_text()
 
 
+def test_a_held_out_caption_too_long_to_draw_is_passed_over(run, monkeypatch):
+    config = load_config(run / SETTINGS)
+    (_, first), (picture, second) = islice(captioned(config.data, "test"), 2)
+    held_out = [(picture, first + 4096 * " red"), (picture, second)]
+    monkeypatch.setattr(report, "captioned", lambda data, split: iter(held_out))
+    assert report.write_report(run)["samples"]["captions"] == [second]
+
+
 def test_losses_leave_the_model_as_it_was(run):
     model, processor = load_moma(run / MODEL)
     model.set_evaluation_routing(LEAKY)
     rows = report.held_out_rows(load_config(run / SETTINGS), processor)
     held_out_losses(model, rows, processor, mode="threshold")
     assert model.routing_mode == LEAKY
+    with pytest.raises(UserError), evaluating(model.train(), "aux"):
+        pass
+    assert model.training
     with pytest.raises(RuntimeError), evaluating(model.train(), "threshold"):
         raise RuntimeError
     assert model.training

@@ -33,9 +33,9 @@ class StreamSection(PictureSection):
     length: int = Field(512, ge=16)  # tokens of a row; documents are packed into it without padding
     rows: int | None = Field(None, gt=0)  # rows to make, samples over and over in new forms; null: each sample once
     forms: dict[str, float] = Field({"image_to_text": 1.0, "text_to_image": 1.0})  # also interleaved, text, image
-    # Of image tokens. experts: as many as the model has image experts beside those of text (MoMa), half where it has
-    # neither. null: as the forms make it.
-    image_share: Annotated[float, Field(gt=0, lt=1)] | Literal["experts"] | None = "experts"
+    # Of image tokens. experts: that of image experts among those of one modality (MoMa), half where either is missing;
+    # another share makes other rows, so an upcycled model begins them anew. null: as the forms make it.
+    image_share: Annotated[float, Field(gt=0, lt=1)] | Literal["experts"] | None = 0.5
     cache: Path = Path("runs/moma/rows")  # rows of these settings are found again by their digest
 
 
@@ -77,7 +77,7 @@ class MomaModelSection(Section):
     image_tokenizer: Path | None = None  # folder of a stage image_tokenizer; null with start_from: that model's
     start_from: Path | None = None  # model folder: routers stage, seed to upcycle (1t1i, dense), or a Llama's
     fresh: list[str] = Field([])  # upcycle: groups whose experts start at random, not as copies
-    router_noise: float | None = Field(None, ge=0)  # upcycle: of Gumbel noise that tells copies apart; null: see there
+    router_noise: float = Field(1.0, ge=0)  # upcycle: of Gumbel noise that tells copies apart, where experts choose
     gradient_checkpointing: bool = False
     dtype: Literal["bf16", "fp32"] = "fp32"  # of computation; weights are fp32
 
@@ -122,8 +122,17 @@ class ImageTokenizerConfig(MomaStage):
 # Of the model's section, what a stage would take and ignore.
 UNUSED = {
     "pretrain_moma": ("router_noise", "fresh"),  # MomaConfig's router_noise is one of `fields`
-    "upcycle": ("text_tokenizer",),
-    "train_causal_routers": ("preset", "fields", "text_tokenizer", "image_tokenizer", "router_noise", "fresh"),
+    "upcycle": ("text_tokenizer", "keep_flops"),
+    "train_causal_routers": (
+        "preset",
+        "fields",
+        "text_tokenizer",
+        "image_tokenizer",
+        "router_noise",
+        "fresh",
+        "keep_flops",
+        "gradient_checkpointing",  # the model computes as it is, and only its auxiliary routers learn
+    ),
 }
 
 

@@ -129,12 +129,14 @@ def as_experts(section: StreamSection, layout: ExpertLayout) -> StreamSection:
 
 
 def check_length(section: StreamSection, config: MomaConfig, processor: MomaProcessor) -> None:
-    """Raises UserError where rows are longer than the model reads, or too short for a picture and a word of it."""
+    """Raises UserError where a picture and a word of it are too long for a row, or for the model's positions."""
+    if not any(weight > 0 for form, weight in section.forms.items() if form not in ("text", "image")):
+        return
     least = len(processor.open_ids([])) + processor.image_tokenizer.num_tokens + 3  # two markers and a word
-    if not least <= section.length <= config.max_position_embeddings:
+    if min(section.length, config.max_position_embeddings) < least:
         raise UserError(
-            f"data.length={section.length}: a row holds at least a picture and a word, {least} tokens, and at most the "
-            f"model's max_position_embeddings, {config.max_position_embeddings}."
+            f"A picture and a word are {least} tokens: raise data.length ({section.length}) and the model's "
+            f"max_position_embeddings ({config.max_position_embeddings}) to more than that."
         )
 
 

@@ -61,9 +61,13 @@ def build_processor(section: MomaModelSection) -> MomaProcessor:
         )
         return MomaProcessor(tokenizer, ImageTokenizer.from_pretrained(section.image_tokenizer))
     if kind_of(section.start_from) == MomaConfig.model_type:
+        if section.image_tokenizer is not None:
+            raise UserError("model.start_from has an image tokenizer of its own: leave model.image_tokenizer out.")
         return MomaProcessor.from_pretrained(section.start_from)
     if section.image_tokenizer is None:
-        raise UserError("model.start_from is an ordinary language model: give model.image_tokenizer too.")
+        raise UserError(
+            "model.start_from is an ordinary language model: it can be upcycled, with a model.image_tokenizer."
+        )
     words = AutoConfig.from_pretrained(section.start_from).vocab_size
     tokenizer = AutoTokenizer.from_pretrained(section.start_from)
     return MomaProcessor(tokenizer, ImageTokenizer.from_pretrained(section.image_tokenizer), words)
@@ -93,12 +97,16 @@ def moma_config(section: MomaModelSection, processor: MomaProcessor) -> MomaConf
 
 
 def config_of(config: MomaTrainConfig, processor: MomaProcessor) -> MomaConfig:
-    """The config of the model that `build_moma` would build, without its weights. Raises UserError as that does."""
+    """The config of the model that a run builds, or of the one whose auxiliary routers it trains; no weights are read.
+
+    Raises UserError for what cannot be built.
+    """
     section = config.model
     if config.stage == "pretrain_moma":
         return moma_config(section, processor)
     if config.stage == "upcycle":
-        return upcycled_config(seed_config(section, processor), **upcycling(section))
+        seed = seed_config(section, processor)
+        return upcycled_config(seed, **upcycling(section, seed))
     found = MomaConfig.from_pretrained(section.start_from)
     processor.check(found)
     if not found.chooses_over_batch:
@@ -127,17 +135,19 @@ def vocabulary(processor: MomaProcessor) -> dict[str, int]:
     return {name: processor.config_fields[name] for name in names}
 
 
-def upcycling(section: MomaModelSection) -> dict[str, Any]:
+def upcycling(section: MomaModelSection, seed: MomaConfig) -> dict[str, Any]:
     """What `upcycle` must be told besides the seed. Raises UserError for an unknown field."""
     check_fields(section)
     groups = MomaConfig.preset(section.preset).expert_groups
-    own = {"expert_groups": groups, "fresh": tuple(section.fresh), "router_noise": section.router_noise}
-    return own | section.fields
+    tokens_choose = section.fields.get("routing", seed.routing) == "token_choice"
+    noise = {} if tokens_choose else {"router_noise": section.router_noise}
+    return {"expert_groups": groups, "fresh": tuple(section.fresh)} | noise | section.fields
 
 
 def check_fields(section: MomaModelSection) -> None:
     """Raises UserError for fields that MomaConfig does not have, or that the vocabulary and the preset decide."""
-    decided = {"expert_groups", "vocab_size", "codebook_size", "image_token_start"}
+    decided = {"expert_groups", "vocab_size", "codebook_size", "image_token_start", "begin_image_token_id"}
+    decided |= {"end_image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
     known = [name for name in MomaConfig().to_dict() if name not in decided]
     for name in section.fields:
         if name not in known:
@@ -146,13 +156,13 @@ def check_fields(section: MomaModelSection) -> None:
 
 def upcycled(section: MomaModelSection, processor: MomaProcessor) -> MomaForCausalLM:
     """Many experts from the one or two of a seed, which is a Moma model or a Llama."""
-    seed_config(section, processor)
+    settings = upcycling(section, seed_config(section, processor))
     if kind_of(section.start_from) == MomaConfig.model_type:
         seed = MomaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
     else:
         llama = LlamaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
         seed = from_language_model(llama, **vocabulary(processor))
-    return upcycle(seed, **upcycling(section))
+    return upcycle(seed, **settings)
 
 
 # -- what a run leaves -------------------------------------------------------------------------------------------------

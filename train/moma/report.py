@@ -18,7 +18,7 @@ from data_recipes.miniworld_reader import Score, read_caption, score_picture
 from mllm.console import quieten
 from mllm.errors import UserError
 from mllm.moma import MomaForCausalLM
-from mllm.moma.generation import describe, draw, load_moma
+from mllm.moma.generation import describe, draw, leaves_room, load_moma
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.scoring import LEAKY, evaluation_modes, held_out_losses, mode_label
 from mllm.moma.stream import DIRECTIONS, PackedRows, pack
@@ -43,7 +43,8 @@ def write_report(folder: Path) -> dict:
         for mode in evaluation_modes(model)
     }
     wanted = max(config.report.pictures, config.report.scored)
-    shown = list(islice(captioned(config.data, "test"), wanted))
+    held_out = captioned(config.data, "test")
+    shown = list(islice((each for each in held_out if leaves_room(model, processor, each[1])), wanted))
     report = {"stage": config.stage, "losses": losses, "made": provenance()}
     if shown:
         report["samples"] = sample(model, processor, shown, config.report, folder / "samples.png")

@@ -30,6 +30,17 @@ def test_a_preset_with_a_field_that_there_is_not_is_refused():
         MomaConfig.preset("4x", rooting="token_choice")
 
 
+def test_what_transformers_takes_besides_is_taken():
+    config = MomaConfig.preset("4x", rope_theta=5e5, attn_implementation="eager", id2label={0: "a"})
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert config._attn_implementation == "eager"
+
+
+def test_null_experts_may_differ_by_modality():
+    config = MomaConfig.preset("2t2i", **TOKEN_CHOICE, num_null_experts={"text": 1, "image": 2}, real_share=0.5)
+    assert config.layout.nulls == {"text": 1, "image": 2}
+
+
 def test_image_codes_are_the_last_ids_unless_told_otherwise():
     assert tiny_config().image_token_start == VOCAB - CODES
     assert tiny_config(image_token_start=3).image_token_start == 3
@@ -56,9 +67,10 @@ def test_layers_at_equal_flops_are_those_of_the_papers_table(layers, with_depths
         ({"expert_groups": {"all": 1}, "shared_expert_intermediate_size": 8}, "nothing beside its FFN"),
         ({**TOKEN_CHOICE, "real_share": 0.5}, "with num_null_experts=0 it must be None"),
         ({**TOKEN_CHOICE, "num_null_experts": 2, "real_share": 1.5}, "in .0, 1."),
-        ({**TOKEN_CHOICE, "num_null_experts": -1}, "num_null_experts must not be negative"),
-        ({**TOKEN_CHOICE, "choice_batch": "global"}, "experts that choose"),
-        ({"router_noise": -1.0}, "router_noise must not be negative"),
+        ({**TOKEN_CHOICE, "num_null_experts": -1}, "num_null_experts must be a number from 0 on"),
+        ({"router_noise": -1.0}, "router_noise must be a number from 0 on"),
+        ({"router_noise": float("nan")}, "router_noise must be a number from 0 on"),
+        ({"balance_loss_weight": "1e-2"}, "balance_loss_weight must be a number from 0 on"),
         ({"threshold_momentum": 7.0}, "threshold_momentum must be in"),
     ],
 )

@@ -77,7 +77,7 @@ def test_gradients_are_finite_and_reach_the_depth_router_also_where_a_row_has_no
     is_worked_BS = model.routing_context.choices["layers.0.depth_router"].is_chosen_TE.view(IDS.shape)
     assert not is_worked_BS.any(1).all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert model.model.layers[0].depth_router.linear.weight.grad.any()
+    assert model.model.layers[0].depth_router.weight.grad.any()
 
 
 def test_what_is_passed_by_is_not_computed():

@@ -30,7 +30,7 @@ def context(ids, mode="batch", mask=None) -> MomaContext:
 
 def choice_router(layout="split", **options) -> ChoiceRouter:
     router = ChoiceRouter(WIDTH, LAYOUTS[layout], **options)
-    torch.nn.init.normal_(router.linear.weight)
+    torch.nn.init.normal_(router.weight)
     return router
 
 
@@ -40,7 +40,7 @@ def random_batch(rows=3, length=7):
 
 def choose(router, ids, hidden, mode="batch", mask=None):
     made = context(ids, mode, mask)
-    return router(hidden, made, ~made.is_pad_T)
+    return router.choose(hidden, made, ~made.is_pad_T)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -129,7 +129,7 @@ def test_the_routing_weighs_picks_by_their_sigmoid_scores_without_renormalising(
     ids, hidden = random_batch()
     router = choice_router("split")
     choice = choose(router, ids, hidden)
-    expected = (hidden @ router.linear.weight.T).sigmoid() * choice.is_chosen_TE
+    expected = (hidden @ router.weight.T).sigmoid() * choice.is_chosen_TE
     torch.testing.assert_close(choice.routing().weights_TE, expected)
 
 

@@ -132,7 +132,8 @@ def test_the_command_draws_and_describes(folder, tmp_path):
     ("options", "words"),
     [
         (["--text", " "], "--text is empty"),
-        (["--text", "red", "--out", "x.movie"], "no kind of picture"),
+        (["--text", "red", "--out", "x.movie"], "expected a file .png"),
+        (["--text", "red", "--out", "."], "expected a file .png"),
         (["--text", "red", "--out", "nowhere/x.png"], "no folder nowhere"),
         (["--text", "red", "--guidance", "0.5"], "--guidance"),
         (["--text", "red", "--temperature", "-1"], "--temperature"),
@@ -145,9 +146,12 @@ def test_what_cannot_be_drawn_or_written_is_told_before_the_model_is_read(option
     assert words in refused.output
 
 
-def test_a_caption_that_leaves_no_room_for_a_picture_is_refused(model, processor):
-    with pytest.raises(UserError, match="shorten it"):
-        draw(model, processor, ["red " * 64])
+def test_a_caption_that_leaves_no_room_for_a_picture_is_refused_before_any_is_drawn(processor):
+    longest = len(processor.open_ids(["red circle"])) + 1 + SIDE**2
+    fits, too_small = (tiny_model(processor, max_position_embeddings=longest - less) for less in (0, 1))
+    assert len(draw(fits, processor, ["red circle"])) == 1
+    with pytest.raises(UserError, match="as long a caption as this: 'red circle'"):
+        draw(too_small, processor, ["red", "red circle"])
 
 
 def test_a_folder_is_read_as_it_was_written(folder, model, processor):

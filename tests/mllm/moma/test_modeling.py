@@ -65,7 +65,7 @@ def test_one_expert_with_the_gate_fixed_to_one_equals_the_dense_ffn(norm_positio
     context.begin(input_ids=IDS)
     dense, experts = DenseFFN(config), ExpertFFN(config, context, "ffn")
     experts.router = ChoiceRouter(config.hidden_size, config.layout)  # a lone expert takes all tokens, with weight one
-    torch.nn.init.normal_(experts.router.linear.weight)
+    torch.nn.init.normal_(experts.router.weight)
     with torch.no_grad():
         experts.experts.gate_up_proj[0] = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])
         experts.experts.down_proj[0] = dense.down_proj.weight
@@ -111,6 +111,20 @@ def test_under_autocast_experts_compute_in_its_type_as_a_dense_ffn_does(experts)
     assert not torch.equal(module(rows, expert, torch.ones(6, 1)), module(rounded, expert, torch.ones(6, 1)))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(rows, expert, torch.ones(6, 1)), module(rounded, expert, torch.ones(6, 1)))
+
+
+def test_sizes_that_two_byte_products_do_not_take_are_computed_under_autocast_too():
+    config = tiny_config("1t1i", intermediate_size=20)
+    config._experts_implementation = "grouped_mm"
+    context = MomaContext(config.image_token_start, CODES)
+    context.begin(input_ids=IDS)
+    ffn, hidden = ExpertFFN(config, context, "ffn"), torch.randn(*IDS.shape, config.hidden_size)
+    for parameter in ffn.parameters():
+        torch.nn.init.normal_(parameter)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            ffn(hidden), slow_ffn(ffn, hidden.flatten(0, 1)).view_as(hidden), rtol=0.05, atol=0.5
+        )
 
 
 @pytest.mark.parametrize("fields", [{}, {"routing": "token_choice", "num_experts_per_tok": 2}])
@@ -228,7 +242,7 @@ def test_gradients_reach_every_expert_and_every_router(preset, fields):
     model = tiny_moma(preset, **fields).train()
     model(IDS, labels=IDS).loss.backward()
     for layer in model.model.layers:
-        for parameter in (*layer.ffn.experts.parameters(), layer.ffn.router.linear.weight):
+        for parameter in (*layer.ffn.experts.parameters(), layer.ffn.router.weight):
             assert parameter.grad.flatten(1).abs().sum(1).min() > 0
 
 
@@ -246,10 +260,10 @@ def test_behind_a_post_norm_the_gate_of_a_token_with_one_expert_gets_no_gradient
     model = tiny_moma("2x", norm_position=norm_position).train()
     with torch.no_grad():
         for layer in model.model.layers:  # opposite scores: half of the tokens each, none twice
-            layer.ffn.router.linear.weight[1] = -layer.ffn.router.linear.weight[0]
+            layer.ffn.router.weight[1] = -layer.ffn.router.weight[0]
     model(IDS, labels=IDS).loss.backward()
     assert (model.routing_context.stack("is_taken_TK").sum(2) == 1).all()
-    gradient = model.model.layers[-1].ffn.router.linear.weight.grad.abs().max()
+    gradient = model.model.layers[-1].ffn.router.weight.grad.abs().max()
     assert bool(gradient > 1e-4) == reaches
 
 

@@ -40,7 +40,7 @@ def test_without_it_the_routed_output_is_the_seeds_times_the_sum_of_gates():
     model = with_all_chosen(upcycle(seed, {"text": 4, "image": 2}, router_noise=0.0))
     ffn, hidden = model.model.layers[1].ffn, torch.randn(*IDS.shape, 16)
     with torch.no_grad():
-        ffn.router.linear.weight.zero_()  # σ(0): every gate is a half
+        ffn.router.weight.zero_()  # σ(0): every gate is a half
         for made in (seed, model):
             made.routing_context.begin(mode="threshold", input_ids=IDS)
         gates_BS1 = 0.5 * torch.tensor([4, 2])[(IDS >= 24).long()][..., None]
@@ -91,7 +91,8 @@ def test_the_new_model_may_route_in_another_way():
         ("2t2i", {"text": 4, "image": 4}, {}, "one expert a group"),
         ("1t1i", {"text": 2, "image": 2, "shared": 1}, {}, "no expert for the group 'shared'"),
         ("1t1i", {"text": 2, "image": 2}, {"fresh": ("audio",)}, "fresh names the group 'audio'"),
-        ("1t1i", {"text": 2, "image": 2}, {"num_hidden_layers": 4}, "do not fit these changes"),
+        ("1t1i", {"text": 2, "image": 2}, {"num_hidden_layers": 4}, "weights decide num_hidden_layers"),
+        ("1t1i", {"text": 2, "image": 2}, {"rooting": "token_choice"}, "no field 'rooting'"),
     ],
 )
 def test_what_a_seed_cannot_give_is_refused(preset, groups, options, match):
