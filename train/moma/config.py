@@ -70,9 +70,8 @@ class MomaModelSection(Section):
     fields: dict[str, Any] = Field(
         {}
     )  # other fields of MomaConfig: hidden_size, routing, mixture_of_depths, choice_batch …
-    keep_flops: bool = (
-        True  # with mixture_of_depths a new model gets more layers, for what fields.num_hidden_layers cost
-    )
+    # With mixture_of_depths a new model gets more layers, up to what fields.num_hidden_layers would cost without.
+    keep_flops: bool = True
     text_tokenizer: str = "miniworld"  # whose words: a folder or hub id
     image_tokenizer: Path | None = None  # folder of a stage image_tokenizer; null with start_from: that model's
     start_from: Path | None = None  # model folder: routers stage, seed to upcycle (1t1i, dense), or a Llama's
