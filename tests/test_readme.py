@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mllm.cli import app
+from train.check import check_batch
+from train.config import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +34,14 @@ def test_every_command_exists():
     named = set(re.findall(r"^mllm (\w+)", README, re.M))
     assert named
     assert named <= commands
+
+
+def test_every_training_named_divides_its_batch_among_the_ranks_it_is_started_on():
+    lines = re.findall(r"^mllm train (train/configs/\w+\.yaml)(.*)", README, re.M)
+    assert lines
+    for path, rest in lines:
+        ranks = re.search(r"--ranks (\d+)", rest)
+        check_batch(load_config(ROOT / path).run, int(ranks[1]) if ranks else 2)  # two on a CPU
 
 
 def test_every_config_named_exists():
