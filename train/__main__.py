@@ -1,6 +1,7 @@
 """`python -m train CONFIG.yaml section.key=value …`, by itself or started on every rank by the DeepSpeed launcher."""
 
 import argparse
+import atexit
 import os
 import re
 import shutil
@@ -83,5 +84,21 @@ def original_message(error: UserError) -> str:
     return re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
 
 
+def leave(status: int | None) -> None:
+    """Ends the process here, without Python's finalisation; None, after an exception, leaves it to Python.
+
+    A thread of gloo lets go of a collective's tensors after the collective has returned. On a busy machine Python may
+    be finalising by then, and the thread that asks for its lock aborts a run whose work is done (SIGABRT, "terminate
+    called without an active exception": pytorch issue 190489). `destroy_process_group` joins the threads of the groups
+    that nothing else holds, and DeepSpeed's engine holds its own to the end.
+    """
+    if status is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = None
+    atexit.register(lambda: leave(status))  # registered first, so that it runs last
+    status = main()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -130,3 +132,38 @@ def test_a_finished_run_is_not_overwritten_unasked(healthy, tmp_path):
     with pytest.raises(UserError, match="finished run"):
         find_checkpoint(load_config(healthy / "config.yaml", settings))
     assert find_checkpoint(load_config(healthy / "config.yaml", [*settings, "run.resume=never"])) is None
+
+
+RANK = """
+import atexit, builtins, runpy, sys
+import train.config
+from mllm.errors import UserError
+
+class Finalised:
+    def __del__(self):
+        print("finalised")
+
+def load_config(*_):
+    atexit.register(print, "closed")
+    raise UserError("wrong")
+
+builtins.kept = Finalised()
+train.config.load_config = load_config
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+
+
+def ended(argument: str) -> tuple[int, list[str]]:
+    """Status and words of a process that is `python -m train`, where settings cannot be read."""
+    rank = subprocess.run([sys.executable, "-c", RANK, argument], capture_output=True, text=True, check=False)
+    return rank.returncode, rank.stdout.split()
+
+
+def test_a_rank_ends_before_python_is_finalised_and_after_all_else():
+    """Or a thread of gloo may abort a run whose work is done."""
+    assert ended("config.yaml") == (2, ["closed"])
+
+
+def test_an_exception_ends_a_rank_as_usual():
+    status, words = ended("--help")
+    assert (status, words[-1]) == (0, "finalised")
