@@ -12,7 +12,6 @@ Each stage leaves its weights in ``--work``, so an interrupted run goes on with 
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +41,7 @@ from transformers import (
 
 from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Scene, draw_scene
 from data_recipes.miniworld.__main__ import write
+from mllm import ranks
 from mllm.build import build
 from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Turn
@@ -179,14 +179,14 @@ def optimise(model: nn.Module, stage: Stage, loss_of: Callable[[int, int], Tenso
     ``loss_of(start, count)`` is the mean loss on ``count`` scenes from number ``start`` on. Under torchrun each rank
     takes its share of the scenes of a step and gradients are averaged.
     """
-    steps, share = max(10, stage.scenes // stage.batch), stage.batch // world_size()
+    steps, share = max(10, stage.scenes // stage.batch), stage.batch // ranks.size()
     parameters, optimizers = [p for p in model.parameters() if p.requires_grad], optimisers(model)
     started, average = time.time(), None
     with progress() as bar:
         task = bar.add_task(name, total=steps, status="")
         for step in range(steps):
             rate = stage.peak * min(1.0, 20 * (step + 1) / steps, 4 * (1 - step / steps))
-            loss = loss_of(step * stage.batch + rank() * share, share)
+            loss = loss_of(step * stage.batch + ranks.rank() * share, share)
             loss.backward()
             average_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -200,21 +200,11 @@ def optimise(model: nn.Module, stage: Stage, loss_of: Callable[[int, int], Tenso
             bar.update(task, advance=1, status=f"loss {average:.3f}, {speed:.0f} scenes/s")
 
 
-def rank() -> int:
-    """This process's number under torchrun, else 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes under torchrun, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """The mean over ranks, in one message."""
-    if world_size() > 1:
+    if ranks.size() > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = nn.utils.parameters_to_vector(gradients) / world_size()
+        flat = nn.utils.parameters_to_vector(gradients) / ranks.size()
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
@@ -227,7 +217,7 @@ def contrastive_model(tokenizer: PreTrainedTokenizerFast) -> open_clip.CLIP:
 
 def train_tower(clip: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> None:
     """Stage 1. Contrastive training (CLIP, arXiv 2103.00020) on pictures and dense captions."""
-    contrast = ClipLoss(gather_with_grad=True, rank=rank(), world_size=world_size())
+    contrast = ClipLoss(gather_with_grad=True, rank=ranks.rank(), world_size=ranks.size())
 
     def loss_of(start: int, batch: int) -> Tensor:
         scenes = drawn(start, batch, seed)
@@ -317,7 +307,7 @@ def kept(path: Path, module: nn.Module, stage: Stage, seed: int, train: Callable
         return
     start = time.time()
     train()
-    if rank() == 0:
+    if ranks.rank() == 0:
         save_model(module, path)
         card.write_text(json.dumps({"minutes": round((time.time() - start) / 60, 1), "recipe": recipe}))
 
@@ -329,36 +319,45 @@ def main(
     scale: Annotated[float, typer.Option(help="Times the plan's number of scenes; 0.01 for a trial.")] = 1.0,
 ) -> None:
     """Train the embedded base and score it on unseen scenes with neutral questions."""
-    if "WORLD_SIZE" in os.environ:  # under torchrun
-        dist.init_process_group("gloo")
+    plan = {name: replace(stage, scenes=round(stage.scenes * scale)) for name, stage in PLAN.items()}
+    with ranks.joined():
+        model, processor = trained_base(plan, work, seed)
+        publish(model, processor, out, work, {"seed": seed, "plan": {name: asdict(s) for name, s in plan.items()}})
+
+
+def trained_base(plan: dict[str, Stage], work: Path, seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Every stage of the plan, or the weights that an earlier start of it has left in `work`."""
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
-    plan = {name: replace(stage, scenes=round(stage.scenes * scale)) for name, stage in PLAN.items()}
     tokenizer = kept_tokenizer(work / "tokenizer", seed)
 
     clip = contrastive_model(tokenizer)
-    tower = plan.pop("tower")
-    kept(work / "tower.safetensors", clip, tower, seed, lambda: train_tower(clip, tokenizer, tower, seed))
+    tower, *stages = plan.items()
+    kept(work / "tower.safetensors", clip, tower[1], seed, lambda: train_tower(clip, tokenizer, tower[1], seed))
 
     parts = (clip, {"embed_dim": EMBEDDING, "vision_cfg": VISION})
     model, processor = build(
         parts, language_model(tokenizer), tokenizer=tokenizer, resize_mode="squash", dtype=torch.float32
     )
-    for number, (name, stage) in enumerate(plan.items(), start=1):
+    for number, (name, stage) in enumerate(stages, start=1):
         batches = SceneBatches(processor, seed + number, stage)
         kept(work / f"{name}.safetensors", model, stage, seed, lambda name=name, b=batches: train_llava(model, b, name))
-    if rank() == 0:
-        publish(model, processor, out, work, {"seed": seed, "plan": {name: asdict(s) for name, s in plan.items()}})
+    return model, processor
 
 
 def publish(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path, work: Path, card: dict) -> None:
-    """Saves the model in bfloat16 and writes its card: seed, plan, minutes, commit and scores."""
-    model.to(torch.bfloat16).save_pretrained(out)
-    processor.save_pretrained(out)
-    world = write(work / "neutral", {"train": 500, "test": 250}, questions=2, seed=card["seed"], neutral=True)
+    """Saves the model in bfloat16 and writes its card: seed, plan, minutes, commit and scores. Every rank calls it."""
+    world = work / "neutral"
+    if ranks.rank() == 0:
+        model.to(torch.bfloat16).save_pretrained(out)
+        processor.save_pretrained(out)
+        write(world, {"train": 500, "test": 250}, questions=2, seed=card["seed"], neutral=True)
+    world = ranks.shared(world)  # the others wait for the first
     report = evaluate_arms(
         str(out), {"base": None}, world / "test.json", work / "report", train_rows=world / "train.json", batch_size=64
     )
+    if ranks.rank() > 0:
+        return
     card["minutes"] = {path.stem: json.loads(path.read_text())["minutes"] for path in sorted(work.glob("*.json"))}
     card["neutral_test_scores"] = report["arms"]["base"]
     card["measured"] = provenance()
