@@ -235,9 +235,8 @@ def generate(
     if picture is not None:
         console.print(describe(moma, processor, [picture])[0], markup=False, highlight=False, soft_wrap=True)
         return
-    with console.status("drawing"):
-        drawn = draw(moma, processor, [text], guidance=guidance, temperature=temperature, seed=seed)[0]
-    drawn.save(out)
+    sampling = {"guidance": guidance, "temperature": temperature, "seed": seed}
+    draw(moma, processor, [text], **sampling, progress=True)[0].save(out)
     console.print(f"picture written to {out}", markup=False, highlight=False)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mllm.errors import UserError
@@ -68,6 +69,17 @@ class WholePictures(LogitsProcessor):
         return length - 1 - last_N
 
 
+class CountTokens(LogitsProcessor):
+    """Moves a bar by one for each row whenever a token is generated; scores stay as they are."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.update(len(input_ids))
+        return scores
+
+
 def leaves_room(model: MomaForCausalLM, processor: MomaProcessor, caption: str) -> bool:
     """Whether a picture of the caption fits behind it, among the model's positions."""
     prompt = len(processor.open_ids([caption])) + 1  # the begin of a picture
@@ -83,6 +95,7 @@ def draw(
     temperature: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[Image.Image]:
     """A picture for each caption, its codes sampled.
 
@@ -92,41 +105,46 @@ def draw(
         temperature: 0 takes the most probable code.
         top_k: codes to choose among; 0 all.
         seed: of sampling; figures depend on how many captions go together.
+        progress: show how many codes are drawn, their rate and the remaining time.
 
     Raises UserError where the model's experts do not choose causally, and for a caption that leaves no room.
     """
     for caption in captions:
         if not leaves_room(model, processor, caption):
             raise UserError(f"Beside a picture the model does not read as long a caption as this: {caption!r}")
-    device, pictures = model.device, []
+    pictures, num_codes = [], processor.image_tokenizer.num_tokens
     torch.manual_seed(seed)
-    for start in range(0, len(captions), PROMPTS_AT_ONCE):
-        rows = [[*processor.open_ids([text]), processor.begin_image_id] for text in captions[start:][:PROMPTS_AT_ONCE]]
-        ids, mask = _left_padded(rows, model.config.pad_token_id)
-        options: dict[str, object] = {}
-        if guidance != 1:
-            bare = [[processor.tokenizer.bos_token_id, processor.begin_image_id]] * len(rows)
-            options = {"guidance_scale": guidance, "negative_prompt_ids": torch.tensor(bare, device=device)}
-        output = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=LogitsProcessorList([WholePictures(processor)]),
-            min_new_tokens=processor.image_tokenizer.num_tokens,
-            max_new_tokens=processor.image_tokenizer.num_tokens,
-            **_sampling(temperature, top_k),
-            **options,
-        )
-        codes_NP = output[:, ids.shape[1] :] - processor.image_token_start
-        pictures += processor.image_tokenizer.decode(codes_NP)
+    with tqdm(total=len(captions) * num_codes, unit=" codes", desc="drawing", disable=not progress) as bar:
+        processors = LogitsProcessorList([WholePictures(processor), CountTokens(bar)])
+        for start in range(0, len(captions), PROMPTS_AT_ONCE):
+            opened = [processor.open_ids([caption]) for caption in captions[start : start + PROMPTS_AT_ONCE]]
+            ids, mask = _left_padded([[*ids, processor.begin_image_id] for ids in opened], model.config.pad_token_id)
+            output = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_processor=processors,
+                min_new_tokens=num_codes,
+                max_new_tokens=num_codes,
+                **_sampling(temperature, top_k),
+                **_guidance(guidance, processor, rows=len(ids), device=model.device),
+            )
+            codes_NP = output[:, ids.shape[1] :] - processor.image_token_start
+            pictures += processor.image_tokenizer.decode(codes_NP)
     return pictures
 
 
 def describe(
-    model: MomaForCausalLM, processor: MomaProcessor, pictures: Sequence[Image.Image], *, max_new_tokens: int = 80
+    model: MomaForCausalLM,
+    processor: MomaProcessor,
+    pictures: Sequence[Image.Image],
+    *,
+    max_new_tokens: int = 80,
+    progress: bool = False,
 ) -> list[str]:
     """A text for each picture, word by word the most probable. Raises UserError as `draw` does."""
     texts = []
-    for start in range(0, len(pictures), PROMPTS_AT_ONCE):
+    starts = range(0, len(pictures), PROMPTS_AT_ONCE)
+    for start in tqdm(starts, unit=" batches", desc="describing", disable=not progress):
         codes_NP = processor.image_tokenizer.encode(pictures[start : start + PROMPTS_AT_ONCE])
         ids = torch.tensor([processor.open_ids([codes_P]) for codes_P in codes_NP], device=model.device)
         output = model.generate(
@@ -145,6 +163,14 @@ def _sampling(temperature: float, top_k: int) -> dict[str, object]:
     if temperature < 0:
         raise UserError(f"temperature is 0 or more, got {temperature}.")
     return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+
+
+def _guidance(weight: float, processor: MomaProcessor, *, rows: int, device: torch.device) -> dict[str, object]:
+    """The options that let a picture without a caption count against; none at weight 1."""
+    if weight == 1:
+        return {}
+    bare = [[processor.tokenizer.bos_token_id, processor.begin_image_id]] * rows
+    return {"guidance_scale": weight, "negative_prompt_ids": torch.tensor(bare, device=device)}
 
 
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

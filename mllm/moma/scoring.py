@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from mllm.moma.expert_choice import MODES
 from mllm.moma.modeling import MomaForCausalLM
@@ -51,7 +52,13 @@ def evaluating(model: MomaForCausalLM, mode: str | None) -> Iterator[None]:
 
 @torch.no_grad()
 def held_out_losses(
-    model: MomaForCausalLM, rows: PackedRows, processor: MomaProcessor, *, mode: str | None = None, batch_size: int = 8
+    model: MomaForCausalLM,
+    rows: PackedRows,
+    processor: MomaProcessor,
+    *,
+    mode: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Direction -> mean loss in nats, and "all" over the tokens of all four. Directions that do not come are left out.
 
@@ -60,7 +67,8 @@ def held_out_losses(
     """
     sums = torch.zeros(len(DIRECTIONS), 2, dtype=torch.float64)
     with evaluating(model, mode):
-        for start in range(0, len(rows), batch_size):
+        starts = range(0, len(rows), batch_size)
+        for start in tqdm(starts, unit=" batches", desc="held-out loss", disable=not progress):
             batch = rows.batch(range(start, min(start + batch_size, len(rows))))
             ids_BS, positions_BS = batch["input_ids"].to(model.device), batch["position_ids"].to(model.device)
             logits_BSV = model(ids_BS, position_ids=positions_BS, use_cache=False).logits

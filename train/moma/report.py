@@ -39,7 +39,7 @@ def write_report(folder: Path) -> dict:
     model, processor = load_moma(folder / MODEL)
     rows = held_out_rows(config, processor)
     losses = {
-        mode: held_out_losses(model, rows, processor, mode=mode, batch_size=config.report.batch_size)
+        mode: held_out_losses(model, rows, processor, mode=mode, batch_size=config.report.batch_size, progress=True)
         for mode in evaluation_modes(model)
     }
     wanted = max(config.report.pictures, config.report.scored)
@@ -77,9 +77,11 @@ def sample(
     pictures, captions = [list(column) for column in zip(*shown, strict=True)]
     tokenizer = processor.image_tokenizer
     through_codes = tokenizer.decode(tokenizer.encode(pictures))
-    drawn = draw(model, processor, captions, guidance=section.guidance, temperature=section.temperature)
+    sampling = {"guidance": section.guidance, "temperature": section.temperature}
+    drawn = draw(model, processor, captions, **sampling, progress=True)
     first = slice(section.pictures)
-    figures: dict = {"captions": captions[first], "described": describe(model, processor, pictures[first])}
+    described = describe(model, processor, pictures[first], progress=True)
+    figures: dict = {"captions": captions[first], "described": described}
     if section.pictures:
         grid([tokenizer.pictures(tokenizer.pixels(pictures[first])), through_codes[first], drawn[first]]).save(path)
     if all(read_caption(caption) for caption in captions):

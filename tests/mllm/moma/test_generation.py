@@ -75,6 +75,15 @@ def test_every_caption_becomes_a_picture_and_a_seed_repeats_it(model, processor,
     assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in again]
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_progress_is_told_by_codes_drawn(model, processor, guidance, capfd):
+    codes = 2 * processor.image_tokenizer.num_tokens
+    draw(model, processor, ["red", "green"], guidance=guidance)
+    assert not capfd.readouterr().err
+    draw(model, processor, ["red", "green"], guidance=guidance, progress=True)
+    assert f"| {codes}/{codes} [" in capfd.readouterr().err
+
+
 def test_a_picture_drawn_with_the_cache_is_the_one_of_full_recomputation(model, processor):
     ids = [*processor.open_ids(["red circle"]), processor.begin_image_id]
     for _ in range(SIDE**2):
