@@ -60,7 +60,7 @@ def shape(width: int, inner: int, layers: int, heads: int, positions: int) -> di
 SMALL = shape(96, 192, 6, 4, 256)  # 1.05M active, two fifths of them in embeddings
 SCALES = {
     "smoke": Scale(shape(16, 24, 2, 2, 128), 6, 2, 128, 2, 40, 16, 2, 2, rates=(1e-2,), warmup=1),
-    "cpu": Scale(SMALL, 600, 4, 256, 8, 8_000, 96, 100, sweep_steps=200),
+    "cpu": Scale(SMALL, 600, 4, 256, 8, 8_000, 96, 100, sweep_steps=600),
     "real": Scale(SMALL, 600, 4, 256, 8, 0, 96, 100, sweep_steps=600),
     "gpu": Scale(  # 28M
         shape(512, 1376, 8, 8, 1024), 8000, 64, 1024, 20, 200_000, 2048, 800, 8000, (5e-4, 1e-3, 2e-3), 400
