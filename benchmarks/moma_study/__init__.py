@@ -17,9 +17,9 @@ Arms have the same active weights in training but for `dense_total`, which has a
 `mod_4t4i`, whose even number of layers costs some per cent more; η goes by the FLOPs counted. Causal ways to choose may
 give a token more or fewer experts than training did: `active when scored`. `4t4i_frozen` is the control, its routers
 stay as they were drawn.
-The rate is chosen for each arm among the same three, on the val split with a seed of its own, after all steps (`cpu`:
-after a third, which was found to be too few); figures are of the test split. Claims to test: η 3.7 overall, 2.6 text,
-5.2 image for 4t4i, 3.0 for 8x; and that agnostic routing is better (2504.07951). All arms norm the input of a block
+The rate is chosen for each arm among the same three, on the val split with a seed of its own, after all steps: after a
+third of them high rates look too good. Figures are of the test split. Claims to test: η 3.7 overall, 2.6 text, 5.2
+image for 4t4i, 3.0 for 8x; and that agnostic routing is better (2504.07951). All arms norm the input of a block
 ("pre"): the post-norm would cancel the gate of a lone pick, and a norm of each expert's output makes a token's change
 as large as its number of experts; both learn half as fast at these sizes. An arm of its own has MoMa's post-norm. Runs
 made by the same recipe are kept, and several processes share what is left.
