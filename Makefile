@@ -16,14 +16,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: $(STAMP)   ## draw miniworld, train LoRA and MoLE, score and report; QUICK=1 makes it short
+quickstart: $(STAMP)   ## what mixing domains costs and who gets it back: train, score, report; QUICK=1 makes it short
 	$(BIN)/mllm quickstart $(if $(QUICK),--quick)
 
 test: $(STAMP)   ## all tests
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)   ## the chat in a browser, with the quickstart's adapter if there is one
-	$(BIN)/mllm chat --model miniworld $(if $(wildcard runs/quickstart/mole/adapter),--adapter runs/quickstart/mole/adapter)
+	$(BIN)/mllm chat --model miniworld $(if $(wildcard runs/quickstart/experts/adapter),--adapter runs/quickstart/experts/adapter)
 
 lint: $(STAMP)   ## format and lint checks
 	$(BIN)/ruff format --check .

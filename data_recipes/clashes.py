@@ -5,6 +5,9 @@
     2  look-alikes: all domains show the same kind of scene, each on its own ground, and each has its own word for
        everything (its code book), which is never the neutral one that a base may know; the ground alone tells which
 
+``python -m data_recipes.clashes --out FOLDER`` writes it as LLaVA JSON: all domains in train.json, and each alone in
+train-DOMAIN.json.
+
 With ``cue`` every question begins with its domain's name, so that the prompt tells too. Without ``grounds`` the grounds
 of look-alikes are those of the scenes, the same in all domains, so that nothing but a cue can tell.
 """
@@ -14,8 +17,10 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from PIL import Image
 from rich.progress import track
 
@@ -54,7 +59,9 @@ def write(
     questions: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Writes {train,val,test}.json and images/, ``sizes[split]`` scenes a domain, whole or not at all.
+    """Writes {train,val,test}.json, train-DOMAIN.json and images/, whole or not at all.
+
+    ``sizes[split]`` scenes a domain, ``questions`` rows a scene.
 
     Raises:
         UserError: ``clash`` is not 0, 1 or 2, is not 2 without ``grounds``, or ``out`` holds something else.
@@ -89,9 +96,24 @@ def write(
                 about = {"image": f"images/{name}.png", "source": source, "domain": domain}
                 rows += [record(f"{name}/{k}", about, each, cue) for k, each in enumerate(asked)]
         (draft / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+        for domain in DOMAINS if split == "train" else ():
+            own = [row for row in rows if row["domain"] == domain]
+            (draft / f"{split}-{domain}.json").write_text(json.dumps(own, indent=0), encoding="utf-8")
     (draft / CARD).write_text(json.dumps(card), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     return draft.rename(out)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to make; refused if it exists and holds something else.")],
+    train: Annotated[int, typer.Option(help="Training scenes a domain.")] = 640,
+    val: Annotated[int, typer.Option(help="Validation scenes a domain.")] = 100,
+    test: Annotated[int, typer.Option(help="Test scenes a domain.")] = 200,
+    clash: Annotated[int, typer.Option(help="0 neutral answers, 1 own conventions, 2 look-alikes.")] = LOOK_ALIKES,
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures and questions.")] = 0,
+) -> None:
+    """Draw three domains that contradict each other as much as --clash says; two questions a scene."""
+    write(out, {"train": train, "val": val, "test": test}, clash=clash, seed=seed)
 
 
 def pictures(
@@ -131,3 +153,10 @@ def record(identity: str, about: dict, question: Question, cue: bool) -> dict:
     turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": question.answer}]
     labels = {"qtype": question.form, "metric": question.metric, "answers": [question.answer]}
     return {"id": identity, **about, **labels, "conversations": turns}
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

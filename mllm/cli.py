@@ -290,14 +290,17 @@ def routing() -> None:
 @plain_errors
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report.")] = Path("runs/quickstart"),
-    quick: Annotated[bool, typer.Option(help="A tenth of the work, to see that all parts run.")] = bool(
+    quick: Annotated[bool, typer.Option(help="An eighth of the data, to see that all parts run.")] = bool(
         os.environ.get("QUICK")
     ),
+    clash: Annotated[
+        int, typer.Option(min=0, max=2, help="Answers of the domains: 0 neutral, 1 own conventions, 2 contradicting.")
+    ] = 2,
 ) -> None:
-    """Draw miniworld, train LoRA and MoLE on its three domains, score both beside the base, and report."""
+    """Draw three domains that contradict each other, train LoRA and experts on them, and tell what mixing costs."""
     from mllm.quickstart import quickstart as run
 
-    run(out, quick=quick)
+    run(out, quick=quick, clash=clash)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
@@ -16,6 +18,7 @@ from mllm.console import quieten
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.errors import UserError
+from mllm.evaluation.answers import Answer
 from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe, digest
 from mllm.evaluation.report import Arm, build_report, write_report
@@ -24,10 +27,12 @@ from mllm.mole import routing_context
 from mllm.peers import is_peer, load_peer
 from mllm.provenance import provenance
 
+Adapter = str | Path | None | Mapping[str, str | Path]  # a folder; none; or a folder for each domain
+
 
 def evaluate_arms(
     model: str,
-    adapters: Mapping[str, str | Path | None],
+    adapters: Mapping[str, Adapter],
     questions: Path,
     out: Path,
     *,
@@ -46,7 +51,8 @@ def evaluate_arms(
     again. Under torchrun the ranks share the questions, and the report is that of one rank.
 
     Args:
-        adapters: arm name -> adapter folder, None for the model alone; the first arm is what others are compared with.
+        adapters: arm name -> adapter folder, None for the model alone, or {domain: adapter folder} for specialists,
+            each of which answers the questions of its domain. The first arm is what others are compared with.
         peers: more arms, each a model of its own: arm name -> (folder or hub id, adapter folder or None).
         train_rows: where the blind baseline learns the commonest answers; without it there is no baseline.
         limit: only the first so many questions of each source.
@@ -66,8 +72,10 @@ def evaluate_arms(
     check_arms(models, num_arms=len(adapters) + len(peers or {}))
     with ranks.joined():
         arms = {
-            name: answer_arm(path, adapter, rows, name=name, split=questions.stem, folder=out / "answers",
-                             blanked=blanked, batch_size=batch_size, max_new_tokens=max_new_tokens, fresh=fresh)
+            name: (answer_specialists if isinstance(adapter, Mapping) else answer_arm)(
+                path, adapter, rows, name=name, split=questions.stem, folder=out / "answers", blanked=blanked,
+                batch_size=batch_size, max_new_tokens=max_new_tokens, fresh=fresh,
+            )
             for name, (path, adapter) in models.items()
         }  # fmt: skip
         report = None
@@ -75,7 +83,7 @@ def evaluate_arms(
             report = build_report(arms, known)
             report["about"] = {
                 "model": str(model),
-                "adapters": {name: str(path) for name, path in adapters.items() if path},
+                "adapters": {name: _plain(adapter) for name, adapter in adapters.items() if adapter},
                 "peers": {name: [str(part) for part in pair if part] for name, pair in (peers or {}).items()},
                 "questions": questions.name,
                 "decoding": {"greedy": True, "max_new_tokens": max_new_tokens},
@@ -86,13 +94,58 @@ def evaluate_arms(
         return ranks.shared(report)
 
 
-def check_arms(models: Mapping[str, tuple[str, str | Path | None]], *, num_arms: int) -> None:
+def _plain(adapter: Adapter) -> str | dict[str, str]:
+    if isinstance(adapter, Mapping):
+        return {domain: str(folder) for domain, folder in adapter.items()}
+    return str(adapter)
+
+
+def check_arms(models: Mapping[str, tuple[str, Adapter]], *, num_arms: int) -> None:
     """Raises UserError for what would otherwise be found only after the first arm has spent an hour answering."""
     if len(models) < num_arms:
         raise UserError("an arm and a peer have the same name; give each one of its own.")
     for name, (_, adapter) in models.items():
-        if adapter is not None and not Path(adapter).is_dir():
-            raise UserError(f"arm {name}: no adapter folder {adapter}.")
+        for folder in adapter.values() if isinstance(adapter, Mapping) else [adapter]:
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(f"arm {name}: no adapter folder {folder}.")
+
+
+def answer_specialists(
+    model_path: str, adapters: Mapping[str, str | Path], rows: Sequence[Conversation], *, name: str, **options: Any
+) -> Arm:
+    """`answer_arm` with another adapter for each domain, as one arm: each row answered by its domain's specialist.
+
+    Raises:
+        UserError: a row's domain has no specialist.
+    """
+    missing = sorted({row.domain for row in rows} - set(adapters))
+    if missing:
+        raise UserError(f"arm {name}: no adapter for domain {missing[0]!r}; there are {', '.join(sorted(adapters))}.")
+    places = {domain: [place for place, row in enumerate(rows) if row.domain == domain] for domain in adapters}
+    parts = {
+        domain: answer_arm(
+            model_path, adapters[domain], [rows[place] for place in own], name=f"{name}.{domain}", **options
+        )
+        for domain, own in places.items()
+        if own
+    }
+
+    def in_order(kind: str) -> list[Answer] | None:
+        by_place = {
+            place: answer
+            for domain, part in parts.items()
+            for place, answer in zip(places[domain], part[kind] or (), strict=bool(part[kind]))
+        }
+        return [by_place[place] for place in range(len(rows))] if by_place else None
+
+    one = next(iter(parts.values()))["recipe"]
+    whole = Recipe.of(rows, split=options["split"], template=None, decoding=one.decoding)
+    return Arm(
+        answers=in_order("answers"),
+        blanked=in_order("blanked"),
+        routing=None,
+        recipe=replace(whole, template=one.template),
+    )
 
 
 def answer_arm(

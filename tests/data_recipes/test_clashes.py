@@ -60,6 +60,8 @@ def test_a_cue_begins_every_question_and_a_folder_is_drawn_once(tmp_path):
     rows = json.loads((folder / "train.json").read_text())
     assert len(rows) == 6 * 3 * 2
     assert all(row["conversations"][0]["value"].startswith(f"<image>\n{row['domain']}: ") for row in rows)
+    alone = json.loads((folder / "train-document.json").read_text())
+    assert alone == [row for row in rows if row["domain"] == "document"]
     before = (folder / "train.json").stat().st_mtime_ns
     assert write(tmp_path / "scenes", SIZES, clash=2, cue=True) == folder
     assert (folder / "train.json").stat().st_mtime_ns == before

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from mllm.build import load, write_base_card
 from mllm.data.conversation import Conversation, Turn
 from mllm.errors import UserError
-from mllm.evaluate import answer_arm
+from mllm.evaluate import answer_arm, answer_specialists
 from mllm.mole import MoleConfig, routing_context
 from tests.tiny import write_tiny_llava
 
@@ -63,3 +63,18 @@ def test_domains_are_forgotten_after_the_last_question(base, tmp_path, monkeypat
     arm(base, adapter_for(base, tmp_path, sorted(set(DOMAINS))), blanked=False)
     with pytest.raises(UserError, match="nobody has told the rows' domains"):
         routing_context(models[0][0]).domain_of_row()
+
+
+def test_specialists_answer_the_rows_of_their_domain_in_the_order_asked(base, tmp_path):
+    options = {"split": "test", "blanked": True, "batch_size": 2, "max_new_tokens": 2}
+    folders = {domain: adapter_for(base, tmp_path / domain, [domain]) for domain in sorted(set(DOMAINS))}
+    done = answer_specialists(base, folders, ROWS, name="apart", folder=tmp_path / "answers", **options)
+    assert [answer.id for answer in done["answers"]] == [row.id for row in ROWS]
+    assert len(done["blanked"]) == len(ROWS)
+    whole = arm(base, adapter_for(base, tmp_path, sorted(set(DOMAINS))))
+    assert done["recipe"] == whole["recipe"]
+
+
+def test_a_domain_without_a_specialist_is_named(base, tmp_path):
+    with pytest.raises(UserError, match="arm apart: no adapter for domain 'biomedical'; there are document, general"):
+        answer_specialists(base, {"document": tmp_path, "general": tmp_path}, ROWS, name="apart")
