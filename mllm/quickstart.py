@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
@@ -35,8 +34,7 @@ def quickstart(out: Path, *, quick: bool) -> dict:
     mixture.write_text("sources:\n  - path: data/train.json\n", encoding="utf-8")
     for arm in ARMS:
         settings = {"data.mixture": mixture, "run.output_dir": out / arm, "run.resume": "never"}
-        config = files("train") / "configs" / f"{arm}.yaml"
-        step("train.launch", str(config), *(f"{key}={value}" for key, value in settings.items()))
+        step("train.launch", arm, *(f"{key}={value}" for key, value in settings.items()))
     report = evaluate_arms(
         "miniworld",
         {"base": None} | {arm: out / arm / "adapter" for arm in ARMS},
@@ -71,7 +69,6 @@ def say_where_things_are(out: Path, *, minutes: float) -> None:
         f"answers  {out / 'answers'}",
         *(f"adapter  {out / arm / 'adapter'}" for arm in ARMS),
         "",
-        "chat with it:  make demo",
-        f"               mllm chat --model miniworld --adapter {out / 'mole' / 'adapter'}",
+        f"chat with it:  mllm chat --model miniworld --adapter {out / 'mole' / 'adapter'}",
     ]
     console.print(Panel("\n".join(lines), title=f"quickstart done in {minutes:.1f} minutes", expand=False))
