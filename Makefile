@@ -39,9 +39,9 @@ PAGES := build/pages
 docs: $(STAMP)   ## the site, into build/site; a broken link fails
 	rm -rf $(PAGES) && mkdir -p $(PAGES)
 	cp --parents *.md LICENSE CITATION.cff train/configs/*.yaml train/slurm/* data_recipes/mixtures/*.yaml $(PAGES)
-	find docs studies/results benchmarks/results \( -name '*.md' -o -name '*.png' -o -name '*.json' \) -not -path '*/runs/*' \
+	find docs studies/results benchmarks/results \( -name '*.md' -o -name '*.png' -o -name '*.yaml' \) -not -path '*/runs/*' \
 	    -exec cp --parents -t $(PAGES) {} +
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 package: $(STAMP)   ## sdist and wheel, into dist/
 	rm -rf dist
