@@ -5,9 +5,11 @@ import dataclasses
 import importlib
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from peft.config import PeftConfig
 
 from mllm.cli import app
@@ -57,7 +59,7 @@ def test_every_link_leads_somewhere(page):
 
 @pages
 def test_every_path_named_exists(page):
-    for name in re.findall(rf"`((?:{TOP})/[\w./*-]+)`", PAGES[page]):
+    for name in re.findall(rf"(?<![\w./])((?:{TOP})/[\w./*-]*\w)", re.sub(r"\]\(.*?\)", "]", PAGES[page])):
         assert list(ROOT.glob(name)), name
 
 
@@ -130,6 +132,12 @@ def test_every_folder_of_the_tree_exists():
 @pytest.mark.parametrize("target", ["quickstart", "test", "demo"])
 def test_readme_names_the_first_commands(target):
     assert f"make {target}" in README
+
+
+def test_package_citation_and_changelog_name_the_same_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## ([\d.]+)", PAGES["CHANGELOG.md"], re.M)[1] == version
 
 
 def test_every_switch_of_routing_stands_in_the_table_with_its_default():
