@@ -55,10 +55,12 @@ def start_module(module: str, *arguments: str) -> None:
 @plain_errors
 def train(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML of one training stage, e.g. train/configs/mole.yaml.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML of one training stage, or the name of one that ships: experts, lora …")
+    ],
     ranks: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, or two on a CPU.")] = None,
 ) -> None:
-    """Train one stage with DeepSpeed: mllm train CONFIG.yaml section.key=value …"""
+    """Train one stage with DeepSpeed: mllm train experts section.key=value …"""
     options = [] if ranks is None else ["--ranks", str(ranks)]
     start_module("train.launch", str(config), *context.args, *options)
 
@@ -66,7 +68,7 @@ def train(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @plain_errors
 def conflict(context: typer.Context) -> None:
-    """Measure what mixing domains costs, and which arm gets it back: mllm conflict CONFIG.yaml section.key=value …
+    """Measure what mixing domains costs, and which arm gets it back: mllm conflict conflict_real section.key=value …
 
     --report: only the tables, from kept runs. --report-all FOLDER: one table over several studies.
     """

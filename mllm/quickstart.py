@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
@@ -77,8 +76,7 @@ def quickstart(out: Path, *, quick: bool, clash: int = 2) -> dict:
             "run.output_dir": out / training.name,
             "run.resume": "never",
         }  # fmt: skip
-        config = files("train") / "configs" / f"{training.config}.yaml"
-        step("train.launch", str(config), *(f"{key}={value}" for key, value in settings.items()))
+        step("train.launch", training.config, *(f"{key}={value}" for key, value in settings.items()))
     report = evaluate_arms(
         "miniworld",
         arms(out),

@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains one stage. Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr, and
     on the other ranks of a run that such a mistake has stopped."""
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML of one stage, such as train/configs/mole.yaml")
+    parser.add_argument("config", type=Path, help="YAML of one stage, or the name of one that ships, such as experts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--local_rank", type=int, help="given by the DeepSpeed launcher")
     options = parser.parse_intermixed_args(arguments)

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mllm.errors import UserError
 from mllm.precision import has_bf16
 
+CONFIGS = Path(__file__).parent / "configs"  # package data: in a wheel too
+
 
 class Section(BaseModel):
     """A group of settings in which an unknown name is an error and assignments are checked too."""
@@ -187,7 +189,9 @@ class TrainConfig(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
     """Read a run's YAML and apply `section.key=value` overrides, whose values are parsed as YAML.
 
-    A TrainConfig, or for the stages of the early-fusion model one of `train.moma.config`.
+    `path` may be the name of a config that ships: `load_config("experts")` from any folder.
+
+    Returns a TrainConfig, or for the stages of the early-fusion model one of `train.moma.config`.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (the nearest known one is named) or a value that does not fit.
@@ -195,8 +199,27 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
     return read_config(path, overrides)
 
 
+def find_config(name: str | Path) -> Path:
+    """The file of a config: a path that exists, or the name of a config that ships, such as `experts`.
+
+    Raises:
+        UserError: neither; the nearest shipped name is told.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise UserError(
+        f"cannot read the config {name}: no such file, and no shipped config of that name"
+        + suggest(path.stem, [*shipped])
+    )
+
+
 def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config] | None = None) -> Config:
     """`load_config` for any root section; None: that of the stage which the file names."""
+    path = find_config(path)
     values = read_yaml(Path(path), kind or TrainConfig)
     for override in overrides or []:
         apply_override(values, override)

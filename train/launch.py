@@ -17,7 +17,7 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     """Trains one stage on several processes of this machine; returns the launcher's exit status.
 
     Args:
-        config_path: YAML of the stage.
+        config_path: YAML of the stage, or the name of a config that ships.
         overrides: `section.key=value` texts.
         num_processes: ranks; by default one a GPU, or two on a CPU.
 
@@ -78,7 +78,7 @@ def free_port() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command line of `launch`. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m train.launch", description=__doc__)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, help="YAML of one stage, or the name of one that ships, such as experts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ranks", type=int, help="processes; default: one a GPU, or two on a CPU")
     options = parser.parse_intermixed_args(arguments)

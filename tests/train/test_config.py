@@ -7,12 +7,12 @@ import pytest
 import train
 from mllm.errors import UserError
 from train.config import TrainConfig, load_config
+from train.conflict.config import load_conflict_config
 from train.moma.config import SETTINGS
 
 # Stages; the settings of a conflict study are checked beside it.
-SHIPPED = sorted(
-    path for path in (Path(train.__file__).parent / "configs").glob("*.yaml") if not path.stem.startswith("conflict")
-)
+FOLDER = Path(train.__file__).parent / "configs"
+SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("conflict"))
 MINIMAL = """\
 stage: align
 model: {path: base}
@@ -98,6 +98,25 @@ def test_malformed_yaml_is_told_with_its_line(tmp_path):
 def test_a_missing_file_is_told_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_shipped_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("experts", ["run.seed=5"]) == load_config(FOLDER / "experts.yaml", ["run.seed=5"])
+    assert load_conflict_config("conflict") == load_conflict_config(FOLDER / "conflict.yaml")
+
+
+def test_a_file_wins_over_a_shipped_config_of_that_name(minimal, monkeypatch):
+    minimal.rename(minimal.parent / "experts")
+    monkeypatch.chdir(minimal.parent)
+    assert load_config("experts").model.path == "base"
+
+
+@pytest.mark.parametrize("name", ["expert", "train/configs/expert.yaml", "configs/experts.yml"])
+def test_an_unknown_config_is_refused_with_the_nearest_shipped_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}: no such file.*did you mean experts\?"):
+        load_config(name)
 
 
 def test_saved_settings_load_as_the_same_settings(minimal, tmp_path):

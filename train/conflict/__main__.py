@@ -16,7 +16,12 @@ from mllm.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr."""
     parser = argparse.ArgumentParser(prog="python -m train.conflict", description=__doc__)
-    parser.add_argument("config", type=Path, nargs="?", help="YAML of one regime, such as train/configs/conflict.yaml")
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        help="YAML of one regime, or the name of one that ships: conflict, conflict_real",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--report", action="store_true", help="only report, from the runs that are kept in run.out")
     parser.add_argument("--report-all", type=Path, metavar="FOLDER", help="one table over all studies in a folder")
