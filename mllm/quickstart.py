@@ -1,9 +1,7 @@
 """The whole path in one command: draw miniworld, train LoRA and MoLE on its three domains, score, report."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +10,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from mllm.evaluate import evaluate_arms
+from mllm.folders import check_writable
+from mllm.start import module_command, module_environment
 
 ARMS = ("lora", "mole")
 SCENES = {"train": 4000, "val": 0, "test": 250}  # a domain; a row of up to four turns each, for test two questions
@@ -23,6 +23,7 @@ console = Console()
 
 def quickstart(out: Path, *, quick: bool) -> dict:
     """Runs every step into ``out`` and returns the report; a step that fails ends the whole with its status."""
+    check_writable(out, "--out")
     started = time.time()
     data, scenes = out / "data", QUICK_SCENES if quick else SCENES
     drawn = scenes | {"train-turns": TRAIN_TURNS, "seed": DATA_SEED}
@@ -53,7 +54,8 @@ def quickstart(out: Path, *, quick: bool) -> dict:
 def step(module: str, *arguments: str) -> None:
     """Prints a command as one would type it, runs it, and stops the quickstart if it fails."""
     console.rule(f"[bold]python -m {module} {' '.join(arguments)}", align="left")
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    environment = module_environment() | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(module_command(module, *arguments), env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a killed quickstart leaves nothing running
     try:
         status = process.wait()

@@ -4,15 +4,16 @@ Every unknown key is refused with the nearest known name; `load_config` is the o
 writes the settings as they were resolved, so that a run can be repeated from its own folder.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from mllm import plain_yaml
 from mllm.errors import UserError
 from mllm.precision import has_bf16
+from train.fields import refuse_mistaken, suggest
 
 
 class Section(BaseModel):
@@ -20,8 +21,20 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def mistaken_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what pydantic would take, and nobody means."""
+        annotation = cls.model_fields[info.field_name].annotation
+        is_section = any(hasattr(kind, "model_fields") for kind in (*get_args(annotation), annotation))
+        if not is_section:  # a section checks its own
+            refuse_mistaken(value, annotation)
+        return value
+
 
 Config = TypeVar("Config", bound=Section)
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -69,7 +82,7 @@ class OptimSection(Section):
     part_lr: PartRates = PartRates()
     weight_decay: float = Field(0.0, ge=0)  # not on biases and norms
     warmup_ratio: float = Field(0.03, ge=0, lt=1)  # share of all steps in which the rate rises from zero
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up; the first two fall to zero
 
@@ -81,8 +94,8 @@ class RunSection(Section):
     epochs: float | None = Field(None, gt=0)  # passes over the mixture; give this or steps
     steps: int | None = Field(None, gt=0)  # optimizer steps; give this or epochs
     batch_size: int = Field(128, gt=0)  # samples an optimizer step, over all ranks
-    micro_batch_size: int = Field(16, gt=0)  # samples a rank holds at once; halve it when memory runs out
-    seed: int = 0
+    micro_batch_size: int = Field(16, gt=0)  # most samples a rank holds at once; halve it when memory runs out
+    seed: Seed = 0
     log_every: int = Field(10, gt=0)  # steps between two entries of the log
     save_every: int = Field(500, ge=0)  # steps between two checkpoints to resume from; 0 writes none
     keep: int = Field(2, ge=1)  # checkpoints kept, the newest ones
@@ -181,7 +194,7 @@ class TrainConfig(Section):
 
     def save(self, path: Path) -> None:
         """Write the settings as resolved."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        path.write_text(plain_yaml.write(self.model_dump(mode="json")), encoding="utf-8")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
@@ -221,10 +234,10 @@ def read_yaml(path: Path, kind: type[Section] = TrainConfig) -> dict[str, Any]:
         UserError: no such file, malformed YAML (with line and column), or no mapping at the top.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = plain_yaml.read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}. Give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping with the sections {', '.join(kind.model_fields)}.")
@@ -238,7 +251,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"override {override!r} is not of the form section.key=value, such as optim.lr=1e-4.")
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise UserError(f"the value of override {override!r} is not YAML: {error}") from None
     for depth, key in enumerate(keys[:-1]):
@@ -269,10 +282,3 @@ def known_keys(location: tuple[Any, ...], kind: type[Section] = TrainConfig) -> 
         annotation = kind.model_fields[part].annotation
         kind = next(each for each in (*get_args(annotation), annotation) if hasattr(each, "model_fields"))
     return list(kind.model_fields)
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """` (did you mean …? known: …)` for a message about an unknown name."""
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    question = f"did you mean {near[0]}? " if near else ""
-    return f" ({question}known: {', '.join(known)})"
