@@ -31,8 +31,12 @@ def has_bf16() -> bool:
 
 def lacks_bf16() -> bool:
     """Whether there is a GPU that only emulates bfloat16. (Asked plainly, torch counts emulation as support.)"""
-    is_cuda = torch.accelerator.is_available() and torch.cuda.is_available()
-    return is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    except RuntimeError:  # no driver, or no memory left to ask: whoever computes on that GPU will say so
+        return False
 
 
 def find_device(name: str | None, key: str) -> str:

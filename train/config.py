@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from mllm import plain_yaml
 from mllm.errors import UserError
 from mllm.precision import has_bf16
-from train.fields import refuse_mistaken, suggest
+from train.fields import kinds_of, refuse_mistaken, suggest
 
 
 class Section(BaseModel):
@@ -26,13 +26,16 @@ class Section(BaseModel):
     def mistaken_values(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses what pydantic would take, and nobody means."""
         annotation = cls.model_fields[info.field_name].annotation
-        is_section = any(hasattr(kind, "model_fields") for kind in (*get_args(annotation), annotation))
-        if not is_section:  # a section checks its own
+        kinds = kinds_of(annotation)
+        if Any not in kinds and not any(hasattr(kind, "model_fields") for kind in kinds):  # those check their own
             refuse_mistaken(value, annotation)
         return value
 
 
 Config = TypeVar("Config", bound=Section)
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Dtype = Literal["bf16", "fp32"]
@@ -126,11 +129,13 @@ class DeepSpeedSection(Section):
 class AlignSection(Section):
     """Stage align_routers (RoMA, 2511.07419): which routers, drawn to which neighbours, how strongly."""
 
-    layers: int | list[int] = 5  # the last so many decoder layers (all, where they are fewer), or their numbers from 0
+    # the last so many decoder layers (all, where they are fewer), or their numbers from 0
+    layers: Count | Annotated[list[Layer], Field(min_length=1)] = 5
     token: Literal["last", "first", "middle", "last3", "mean"] = "last"  # of the prompt: whose routing is compared
     space: Literal["probs", "logits"] = "probs"
     regulariser: Literal["none", "neighbours", "contrast", "initial", "entropy"] = "neighbours"
-    weight: float | list[float] = 1.0  # λ; 1 weighs as much as the answers at the start; of a list validation chooses
+    # λ; 1 weighs as much as the answers at the start; of a list validation chooses
+    weight: Weight | Annotated[list[Weight], Field(min_length=1)] = 1.0
     weight_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which λ rises from 0
     targets: Literal["live", "stop", "table", "detached_both"] = "live"  # whose vectors get gradients
     dense_gradient: bool = False  # experts that were not picked give routers a gradient too (DenseMixer's idea)
@@ -151,12 +156,6 @@ class AlignSection(Section):
     def weights(self) -> list[float]:
         """The λ to try."""
         return self.weight if isinstance(self.weight, list) else [self.weight]
-
-    @model_validator(mode="after")
-    def something_to_try(self) -> "AlignSection":
-        if not self.weights or min(self.weights) < 0:
-            raise ValueError("weight must be a number of at least 0, or a list of them")
-        return self
 
 
 class TrainConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mllm import plain_yaml
-from train.config import DeepSpeedSection, Dtype, OptimSection, RunSection, Section
+from train.config import DeepSpeedSection, Dtype, OptimSection, RunSection, Section, Weight
 
 
 class PictureSection(Section):
@@ -33,7 +33,7 @@ class StreamSection(PictureSection):
     length: int = Field(512, ge=16)  # tokens of a row; documents are packed into it without padding
     rows: int | None = Field(None, gt=0)  # rows to make, samples over and over in new forms; null: each sample once
     # also interleaved, text, image
-    forms: dict[str, Annotated[float, Field(ge=0)]] = Field({"image_to_text": 1.0, "text_to_image": 1.0})
+    forms: dict[str, Weight] = Field({"image_to_text": 1.0, "text_to_image": 1.0})
     # Of image tokens. experts: that of image experts among those of one modality (MoMa), half where either is missing;
     # another share makes other rows, so an upcycled model begins them anew. null: as the forms make it.
     image_share: Annotated[float, Field(gt=0, lt=1)] | Literal["experts"] | None = 0.5
