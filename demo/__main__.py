@@ -4,20 +4,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from demo.app import build_app, launch
-from demo.session import ChatSession, load_examples
-from mllm.build import load
-from mllm.errors import UserError
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the chat until interrupted. Returns the exit status: 2 after an error that the user can mend."""
     args = _parser().parse_args(argv)
+    from demo.app import build_app, launch  # imports of seconds, after --help
+    from demo.session import ChatSession, load_examples
+    from mllm.build import load
+    from mllm.errors import UserError
+    from mllm.precision import find_device
+
     try:
+        device = find_device(args.device, key="--device")
         examples = load_examples(args.examples) if args.examples else []
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load(args.model, adapter=args.adapter, device=device)
         app = build_app(ChatSession(model.eval(), processor), model=args.model, adapter=args.adapter, examples=examples)
         url = launch(app, host=args.host, port=args.port, share=args.share)
@@ -29,16 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _port(text: str) -> int:
+    """A port's number; argparse tells the error's words."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo", description="Chat with a model about pictures, in a browser."
-    )
+    parser = argparse.ArgumentParser(prog="mllm chat", description="Chat with a model about pictures, in a browser.")
     parser.add_argument("--model", default="miniworld", help="folder, hub id or `miniworld` (default)")
     parser.add_argument("--adapter", help="adapter folder made by training")
     parser.add_argument("--examples", help="LLaVA JSON file, or a folder with one, whose first questions are offered")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the first GPU, or else the CPU)")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=_port, default=7860, help="port to serve on (default: 7860)")
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
     return parser
 

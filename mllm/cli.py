@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from mllm.errors import UserError
+from mllm.folders import check_writable
+from mllm.start import become
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -29,7 +31,7 @@ TrainRows = Annotated[
     Path | None, typer.Option("--train", help="Training rows (a mixture YAML or JSON), for the blind baseline.")
 ]
 ImageRoot = Annotated[Path | None, typer.Option(help="Where pictures lie; default: the questions' folder.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first N questions of each source.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N questions of each source.")]
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,33 +48,26 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def start_module(module: str, *arguments: str) -> None:
-    """Becomes ``python -m module``: signals and the exit status are then its own."""
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+# Modules with a command line of their own, whose options, --help and mistakes are told by themselves.
+HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@plain_errors
-def train(
-    context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(help="YAML of one training stage, or the name of one that ships: experts, lora …")
-    ],
-    ranks: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, or two on a CPU.")] = None,
-) -> None:
+@app.command(context_settings=HANDED_ON)
+def train(context: typer.Context) -> None:
     """Train one stage with DeepSpeed: mllm train experts section.key=value …"""
-    options = [] if ranks is None else ["--ranks", str(ranks)]
-    start_module("train.launch", str(config), *context.args, *options)
+    become("train.launch", *context.args)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@plain_errors
+@app.command(context_settings=HANDED_ON)
 def conflict(context: typer.Context) -> None:
-    """Measure what mixing domains costs, and which arm gets it back: mllm conflict conflict_real section.key=value …
+    """Measure what mixing domains costs, and which arm gets it back: mllm conflict conflict_real section.key=value …"""
+    become("train.conflict", *context.args)
 
-    --report: only the tables, from kept runs. --report-all FOLDER: one table over several studies.
-    """
-    start_module("train.conflict", *context.args)
+
+@app.command(context_settings=HANDED_ON)
+def chat(context: typer.Context) -> None:
+    """Chat with pictures in a browser, on this machine unless told otherwise."""
+    become("demo", *context.args)
 
 
 @app.command("eval")
@@ -92,9 +87,9 @@ def evaluate(
     image_root: ImageRoot = None,
     blanked: Annotated[bool, typer.Option(help="Also score each arm with the picture blanked.")] = True,
     limit: Limit = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at once, by each process.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    ranks: Annotated[int, typer.Option(help="Processes that share the questions; with GPUs, one each.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once, by each process.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the questions; with GPUs, one each.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what --out already has answers to.")] = False,
 ) -> None:
     """Answer a question set with several adapters of one model; print and store scores per domain and source.
@@ -103,7 +98,10 @@ def evaluate(
     """
     if ranks > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks(ranks)
+    from mllm import register
     from mllm.evaluate import evaluate_arms
+
+    register()  # a peer may be any model of this project too
 
     evaluate_arms(
         model, parse_arms(arm or ["base"]), questions, out, peers=parse_peers(peer or []), train_rows=train_rows,
@@ -115,9 +113,7 @@ def evaluate(
 def start_ranks(number: int) -> None:
     """Becomes torchrun, which starts this very command line so many times; cores are divided among them."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)))
-    start_module(
-        "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "mllm.cli", *sys.argv[1:]
-    )
+    become("torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "mllm.cli", *sys.argv[1:])
 
 
 @app.command()
@@ -152,6 +148,8 @@ def compare(
     from mllm.evaluation.compare import compare_answers, comparison_notes, comparison_tables, write_comparison
     from mllm.evaluation.tables import print_tables
 
+    if out is not None:
+        check_writable(out, "--out")
     (one, one_path), (two, two_path) = parse_files([first, second]).items()
     comparison = compare_answers(
         read_answers(one_path), read_answers(two_path), names=(one, two),
@@ -206,13 +204,6 @@ def parse_arm(text: str) -> tuple[str, str | None]:
     return name, folder or None
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@plain_errors
-def chat(context: typer.Context) -> None:
-    """Chat with pictures in a browser, on this machine unless told otherwise; options: python -m demo --help."""
-    start_module("demo", *context.args)
-
-
 @app.command()
 @plain_errors
 def generate(
@@ -222,7 +213,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("generated.png"),
     guidance: Annotated[float, typer.Option(min=1, help="Above 1: how much the text counts (classifier-free).")] = 1.0,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling a picture; 0 the most probable codes.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
 ) -> None:
     """Draw a picture from words, or describe one, with a trained early-fusion model."""
     if (text is None) == (image is None):
@@ -257,7 +248,7 @@ def check_drawable(text: str, out: Path) -> None:
 def check(
     mixture: Annotated[Path, typer.Argument(help="Mixture YAML, as in data_recipes/mixtures.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and image size the lengths are for.")] = "miniworld",
-    max_length: Annotated[int, typer.Option(help="Longest sample in tokens, pictures included.")] = 2048,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest sample in tokens, pictures included.")] = 2048,
 ) -> None:
     """Read every row and picture of a mixture, name the bad ones and exit with 1 if there are any."""
     from mllm.build import load_processor

@@ -23,6 +23,7 @@ from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe, digest
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
+from mllm.folders import check_writable
 from mllm.mole import routing_context
 from mllm.peers import is_peer, load_peer
 from mllm.provenance import provenance
@@ -66,6 +67,7 @@ def evaluate_arms(
         UserError: questions, pictures, model or adapter cannot be read, or no question has an answer to score by.
     """
     quieten()
+    check_writable(out, "--out")
     rows = read_questions(questions, image_root=image_root, limit=limit)
     known = load_mixture(train_rows) if train_rows else []
     models = {name: (model, adapter) for name, adapter in adapters.items()} | dict(peers or {})

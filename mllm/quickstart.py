@@ -4,10 +4,8 @@ Draws three domains whose answers contradict each other, trains plain LoRA on ea
 default experts with DeepSpeed, scores them all on held-out questions, and says the result in words.
 """
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from mllm.evaluate import Adapter, evaluate_arms
+from mllm.folders import check_writable
+from mllm.start import module_command, module_environment
 
 DOMAINS = ("general", "document", "biomedical")
 SCENES = {"train": 320, "val": 0, "test": 100}  # a domain; two questions each
@@ -65,6 +65,7 @@ def quickstart(out: Path, *, quick: bool, clash: int = 2) -> dict:
         quick: an eighth of the data, to see that all parts run.
         clash: how much the domains contradict each other, see data_recipes/clashes.py; 0 not at all.
     """
+    check_writable(out, "--out")
     started = time.time()
     data = out / "data"
     drawn = (QUICK_SCENES if quick else SCENES) | {"clash": clash, "seed": DATA_SEED}
@@ -128,7 +129,8 @@ def points(figures: dict) -> str:
 def step(module: str, *arguments: str) -> None:
     """Prints a command as one would type it, runs it, and stops the quickstart if it fails."""
     console.rule(f"[bold]python -m {module} {' '.join(arguments)}", align="left")
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    environment = module_environment() | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(module_command(module, *arguments), env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a killed quickstart leaves nothing running
     try:
         status = process.wait()

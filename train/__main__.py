@@ -8,9 +8,11 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mllm.errors import UserError
-from train.config import TrainConfig, load_config
+if TYPE_CHECKING:
+    from mllm.errors import UserError
+    from train.config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--local_rank", type=int, help="given by the DeepSpeed launcher")
     options = parser.parse_intermixed_args(arguments)
+    from mllm.errors import UserError  # imports of seconds, after --help
+    from train.config import load_config
+
     join_launcher()
     try:
         train(load_config(options.config, options.overrides))
@@ -54,8 +59,9 @@ def join_launcher() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loading processes are the parallelism
 
 
-def train(config: TrainConfig) -> None:
+def train(config: "TrainConfig") -> None:
     """Check, then run; a new folder in which nothing was saved or logged yet does not outlive a mistake in the data."""
+    from mllm.errors import UserError
     from train.check import CHECKPOINTS
     from train.stages import check, run
 
@@ -77,7 +83,7 @@ def logged(folder: Path) -> bool:
     return (folder / LOG).is_file() and (folder / LOG).stat().st_size > 0
 
 
-def original_message(error: UserError) -> str:
+def original_message(error: "UserError") -> str:
     """The message, also of an error from a data-loading process, which torch wraps in that process's traceback."""
     if "Original Traceback" not in str(error):
         return str(error)

@@ -1,22 +1,26 @@
 """What can be wrong with a run before it starts: said in a second, before any folder or process group is made."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 
 from mllm.build import PROJECTOR_FILE, load_processor
 from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.errors import UserError
+from mllm.folders import check_writable
 from mllm.mole import MoleConfig
+from mllm.precision import lacks_bf16
 from train.config import RunSection, TrainConfig, read_yaml
 from train.parts import adapter_config, starts_from_adapter
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 SETTINGS = "config.yaml"
+ROWS = "rows.txt"  # digest of what a run reads
 # What may change between a run and its continuation.
 FREE_ON_RESUME = {
     "run": {"resume", "log_every", "save_every", "keep", "report_to", "output_dir", "micro_batch_size"},
@@ -34,6 +38,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
             data that cannot be read, or a folder that holds another run. Each message names the key.
     """
     check_batch(config.run, ranks)
+    config.run.micro_batch_size = micro_batch(config.run, ranks)
     adapter = adapter_config(config.model)
     load_processor(config.model.path)
     start = config.model.start_from
@@ -44,7 +49,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
         )
     mixture = load_mixture(config.data.mixture)
     name_domains(config, adapter, mixture)
-    find_checkpoint(config)
+    find_checkpoint(config, ranks=ranks, data=mixture.digest)
     if config.stage == "instruct" and starts_from_adapter(config.model):
         check_domains(PeftConfig.from_pretrained(str(start)), mixture)
     check_domains(adapter, mixture)
@@ -82,39 +87,130 @@ def check_pictures_exist(mixture: Mixture) -> None:
         raise UserError("\n".join(row.error for row in bad[:3]) + more)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for bf16 on a GPU that does not compute in it: it would be emulated, many times slower."""
+    if dtype == "bf16" and lacks_bf16():
+        raise UserError(
+            f"model.dtype=bf16: {torch.cuda.get_device_name()} does not compute in bfloat16. Set model.dtype=fp32."
+        )
+
+
 def check_batch(run: RunSection, ranks: int) -> None:
-    """Raises UserError unless the global batch is a whole number of micro-batches on every rank."""
+    """Raises UserError unless the global batch is shared out evenly among the ranks."""
+    if run.batch_size % ranks:
+        raise UserError(
+            f"run.batch_size={run.batch_size} is not a multiple of the {ranks} ranks. Set run.batch_size, or --ranks,"
+            " so that it is."
+        )
+
+
+def check_whole_batches(run: RunSection, ranks: int) -> None:
+    """Raises UserError unless a step is a whole number of micro-batches of just that size on every rank."""
     if run.batch_size % (run.micro_batch_size * ranks):
         raise UserError(
             f"run.batch_size={run.batch_size} is not a multiple of run.micro_batch_size={run.micro_batch_size} x"
-            f" {ranks} ranks. Set run.micro_batch_size so that it is."
+            f" {ranks} ranks. Experts choose among a micro-batch, so its size is kept: set run.batch_size or --ranks."
         )
 
 
-def find_checkpoint(config: TrainConfig, result: str = ADAPTER) -> Path | None:
-    """The checkpoint to resume from, or None for a new run. `result`: the folder that a finished run has.
+def micro_batch(run: RunSection, ranks: int) -> int:
+    """Samples that a rank holds at once: the most up to `run.micro_batch_size` that divide its share of the batch."""
+    share = run.batch_size // ranks
+    return next(size for size in range(min(run.micro_batch_size, share), 0, -1) if share % size == 0)
+
+
+def find_checkpoint(
+    config: TrainConfig,
+    result: str = ADAPTER,
+    *,
+    ranks: int | None = None,
+    data: Callable[[], str] | None = None,
+) -> Path | None:
+    """The checkpoint to resume from, or None for a new run.
+
+    Args:
+        config: of a stage that writes checkpoints.
+        result: the folder that a finished run has.
+        ranks: how many are to go on; None: not compared.
+        data: makes the digest of the rows to go on with, where there is something to compare it with.
 
     Raises:
-        UserError: the checkpoint asked for is not there, or output_dir holds a run with other settings.
+        UserError: the checkpoint asked for is not there or not whole, `output_dir` holds a run with other settings,
+            other rows or (under ZeRO) another number of ranks, or cannot be written to.
     """
     run = config.run
+    check_writable(run.output_dir, "run.output_dir")
     if run.resume == "never":
         return None
     if run.resume != "auto":
-        if not Path(run.resume, "trainer_state.json").is_file():
-            raise UserError(f"run.resume: {run.resume} is no checkpoint of a run (it has no trainer_state.json).")
-        check_settings(config, Path(run.resume).parent.parent)
-        return Path(run.resume)
-    found = {int(path.name.rsplit("-", 1)[1]): path for path in (run.output_dir / CHECKPOINTS).glob("checkpoint-*")}
-    if not found and (run.output_dir / result).exists():
+        found = Path(run.resume)
+        if not is_whole(found):
+            raise UserError(
+                f"run.resume: {found} is no checkpoint of a run. Give a folder checkpoint-N with all that it had, or"
+                " auto, or never."
+            )
+    else:
+        whole = {int(path.name.rpartition("-")[2]): path for path in checkpoints(run.output_dir) if is_whole(path)}
+        if not whole:
+            refuse_finished(run.output_dir, result)
+            return None
+        found = whole[max(whole)]
+    check_settings(config, found.parent.parent)
+    check_ranks(found, ranks, config.deepspeed.zero)
+    check_rows(found.parent.parent, data)
+    return found
+
+
+def refuse_finished(folder: Path, result: str) -> None:
+    """Raises UserError if a folder without checkpoints holds what a run leaves at its end."""
+    if (folder / result).exists():
         raise UserError(
-            f"run.output_dir {run.output_dir} holds a finished run. Set another run.output_dir, or run.resume=never to"
+            f"run.output_dir {folder} holds a finished run. Set another run.output_dir, or run.resume=never to"
             " train anew in its place."
         )
-    if not found:
-        return None
-    check_settings(config, run.output_dir)
-    return found[max(found)]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """What bears the name of a checkpoint in a run's folder, whole or not."""
+    return [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether Trainer's and DeepSpeed's files are there. Runs write them aside, so theirs always are."""
+    latest = checkpoint / "latest"  # DeepSpeed's, with the name of the folder of its states
+    has_states = latest.is_file() and (checkpoint / latest.read_text(encoding="utf-8").strip()).is_dir()
+    return has_states and (checkpoint / "trainer_state.json").is_file()
+
+
+def tell_of_checkpoint(config: TrainConfig, found: Path | None) -> None:
+    """Prints what a run goes on from, and what in its folder looks like a checkpoint and is none."""
+    none = [path for path in (config.run.output_dir / CHECKPOINTS).glob("checkpoint-*") if not is_whole(path)]
+    for path in none if config.run.resume == "auto" else []:
+        print(f"{path} is not a whole checkpoint, so it is passed over.", flush=True)
+    if found is not None:
+        print(f"going on from {found}", flush=True)
+
+
+def check_ranks(checkpoint: Path, ranks: int | None, zero: int) -> None:
+    """Raises UserError for another number of ranks than the checkpoint's, where the optimizer is split among them."""
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if ranks is not None and zero and before and ranks != before:
+        raise UserError(
+            f"{checkpoint} was saved by {before} rank(s), and now there are {ranks}: with deepspeed.zero={zero} each"
+            f" holds a part of the optimizer. Go on with --ranks {before}, or set run.resume=never to start anew."
+        )
+
+
+def check_rows(folder: Path, data: Callable[[], str] | None) -> None:
+    """Raises UserError if a run's rows are others than those it began with. Runs of old did not note them."""
+    noted = folder / ROWS
+    if data is None or not noted.is_file():
+        return
+    if noted.read_text(encoding="utf-8").strip() != data():
+        raise UserError(
+            f"{folder} holds a run on other rows: what data names has changed since. Put the files back as they were,"
+            " or set another run.output_dir, or run.resume=never to start anew in its place."
+        )
 
 
 def check_settings(config: TrainConfig, folder: Path) -> None:

@@ -4,15 +4,16 @@ Every unknown key is refused with the nearest known name; `load_config` is the o
 writes the settings as they were resolved, so that a run can be repeated from its own folder.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from mllm import plain_yaml
 from mllm.errors import UserError
 from mllm.precision import has_bf16
+from train.fields import kinds_of, refuse_mistaken, suggest
 
 CONFIGS = Path(__file__).parent / "configs"  # package data: in a wheel too
 
@@ -22,8 +23,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def mistaken_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what pydantic would take, and nobody means."""
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = kinds_of(annotation)
+        if Any not in kinds and not any(hasattr(kind, "model_fields") for kind in kinds):  # those check their own
+            refuse_mistaken(value, annotation)
+        return value
+
 
 Config = TypeVar("Config", bound=Section)
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -71,7 +87,7 @@ class OptimSection(Section):
     part_lr: PartRates = PartRates()
     weight_decay: float = Field(0.0, ge=0)  # not on biases and norms
     warmup_ratio: float = Field(0.03, ge=0, lt=1)  # share of all steps in which the rate rises from zero
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up; the first two fall to zero
 
@@ -83,8 +99,8 @@ class RunSection(Section):
     epochs: float | None = Field(None, gt=0)  # passes over the mixture; give this or steps
     steps: int | None = Field(None, gt=0)  # optimizer steps; give this or epochs
     batch_size: int = Field(128, gt=0)  # samples an optimizer step, over all ranks
-    micro_batch_size: int = Field(16, gt=0)  # samples a rank holds at once; halve it when memory runs out
-    seed: int = 0
+    micro_batch_size: int = Field(16, gt=0)  # most samples a rank holds at once; halve it when memory runs out
+    seed: Seed = 0
     log_every: int = Field(10, gt=0)  # steps between two entries of the log
     save_every: int = Field(500, ge=0)  # steps between two checkpoints to resume from; 0 writes none
     keep: int = Field(2, ge=1)  # checkpoints kept, the newest ones
@@ -115,11 +131,13 @@ class DeepSpeedSection(Section):
 class AlignSection(Section):
     """Stage align_routers (RoMA, 2511.07419): which routers, drawn to which neighbours, how strongly."""
 
-    layers: int | list[int] = 5  # the last so many decoder layers (all, where they are fewer), or their numbers from 0
+    # the last so many decoder layers (all, where they are fewer), or their numbers from 0
+    layers: Count | Annotated[list[Layer], Field(min_length=1)] = 5
     token: Literal["last", "first", "middle", "last3", "mean"] = "last"  # of the prompt: whose routing is compared
     space: Literal["probs", "logits"] = "probs"
     regulariser: Literal["none", "neighbours", "contrast", "initial", "entropy"] = "neighbours"
-    weight: float | list[float] = 1.0  # λ; 1 weighs as much as the answers at the start; of a list validation chooses
+    # λ; 1 weighs as much as the answers at the start; of a list validation chooses
+    weight: Weight | Annotated[list[Weight], Field(min_length=1)] = 1.0
     weight_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which λ rises from 0
     targets: Literal["live", "stop", "table", "detached_both"] = "live"  # whose vectors get gradients
     dense_gradient: bool = False  # experts that were not picked give routers a gradient too (DenseMixer's idea)
@@ -140,12 +158,6 @@ class AlignSection(Section):
     def weights(self) -> list[float]:
         """The λ to try."""
         return self.weight if isinstance(self.weight, list) else [self.weight]
-
-    @model_validator(mode="after")
-    def something_to_try(self) -> "AlignSection":
-        if not self.weights or min(self.weights) < 0:
-            raise ValueError("weight must be a number of at least 0, or a list of them")
-        return self
 
 
 class TrainConfig(Section):
@@ -183,7 +195,7 @@ class TrainConfig(Section):
 
     def save(self, path: Path) -> None:
         """Write the settings as resolved."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        path.write_text(plain_yaml.write(self.model_dump(mode="json")), encoding="utf-8")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
@@ -244,10 +256,10 @@ def read_yaml(path: Path, kind: type[Section] = TrainConfig) -> dict[str, Any]:
         UserError: no such file, malformed YAML (with line and column), or no mapping at the top.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = plain_yaml.read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}. Give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping with the sections {', '.join(kind.model_fields)}.")
@@ -261,7 +273,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"override {override!r} is not of the form section.key=value, such as optim.lr=1e-4.")
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise UserError(f"the value of override {override!r} is not YAML: {error}") from None
     for depth, key in enumerate(keys[:-1]):
@@ -292,10 +304,3 @@ def known_keys(location: tuple[Any, ...], kind: type[Section] = TrainConfig) -> 
         annotation = kind.model_fields[part].annotation
         kind = next(each for each in (*get_args(annotation), annotation) if hasattr(each, "model_fields"))
     return list(kind.model_fields)
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """` (did you mean …? known: …)` for a message about an unknown name."""
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    question = f"did you mean {near[0]}? " if near else ""
-    return f" ({question}known: {', '.join(known)})"

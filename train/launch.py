@@ -1,6 +1,8 @@
 """Starts DeepSpeed's launcher on this machine: `python -m train.launch CONFIG.yaml section.key=value … --ranks N`."""
 
 import argparse
+import base64
+import json
 import os
 import signal
 import socket
@@ -9,8 +11,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mllm.errors import UserError
-from train.config import load_config
+# In this order HIP takes them: https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html
+VISIBLE_DEVICES = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 def launch(config_path: str | Path, overrides: list[str] | None = None, num_processes: int | None = None) -> int:
@@ -19,33 +21,60 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     Args:
         config_path: YAML of the stage, or the name of a config that ships.
         overrides: `section.key=value` texts.
-        num_processes: ranks; by default one a GPU, or two on a CPU.
+        num_processes: ranks; by default one a GPU that is visible, or two on a CPU.
 
     Raises:
         UserError: whatever is wrong with settings, data or base, found before anything is started.
     """
     import torch
 
+    from mllm.start import module_command, module_environment
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = num_processes or gpus or 2
-    environment = dict(os.environ)
+    ranks = number_of_ranks(num_processes, gpus)
+    environment = module_environment()
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, available_cores() // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    from train.config import load_config
     from train.stages import check, run_alone
 
     config = load_config(config_path, overrides)
     check(config, ranks=ranks)
     if run_alone(config):
         return 0
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(free_port()), "--log_level", "error", "--module", "train"]
-    # a group of its own, so that a signal reaches the ranks too: DeepSpeed's runner does not pass it on
-    launcher = subprocess.Popen(
-        [*command, str(config_path), *(overrides or [])], env=environment, start_new_session=True
-    )
+    # DeepSpeed's launcher of one machine's ranks. Its `runner`, which starts it, drops CUDA_VISIBLE_DEVICES where a
+    # number of ranks is given, and of the devices named there it knows those with a number only, not "GPU-…", "MIG-…".
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices_of_ranks(ranks, gpus)}).encode()).decode()
+    command = module_command("deepspeed.launcher.launch", f"--world_info={world}", "--master_port", str(free_port()))
+    command += ["--log_level", "error", "--module", "train", str(config_path), *(overrides or [])]
+    # a group of its own, so that a signal reaches the ranks at once, and whatever they have started
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
     return wait_for(launcher)
+
+
+def number_of_ranks(asked: int | None, gpus: int) -> int:
+    """Ranks to start. Raises UserError for fewer than one, and for more than there are GPUs, where there are any."""
+    from mllm.errors import UserError
+
+    if asked is not None and asked < 1:
+        raise UserError(f"--ranks must be at least 1, got {asked}.")
+    if asked and gpus and asked > gpus:
+        named = next((f" ({name}={os.environ[name]})" for name in VISIBLE_DEVICES if os.environ.get(name)), "")
+        raise UserError(f"--ranks {asked}, but {gpus} GPU(s) are visible{named}. Each rank needs one of its own.")
+    return asked or gpus or 2
+
+
+def devices_of_ranks(ranks: int, gpus: int) -> list[str | int]:
+    """What names each rank's device, as the user's environment has it: a number, "GPU-…" or "MIG-…".
+
+    DeepSpeed's launcher writes the names into CUDA_VISIBLE_DEVICES of every rank, so they must be those that stand
+    there already, or the ranks would be given somebody else's devices.
+    """
+    named = next((os.environ[name] for name in VISIBLE_DEVICES if os.environ.get(name)), "") if gpus else ""
+    devices = [device.strip() for device in named.split(",") if device.strip()]
+    return devices[:ranks] if len(devices) >= ranks else list(range(ranks))
 
 
 def wait_for(launcher: subprocess.Popen) -> int:
@@ -77,11 +106,13 @@ def free_port() -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of `launch`. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.launch", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML of one stage, or the name of one that ships, such as experts")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--ranks", type=int, help="processes; default: one a GPU, or two on a CPU")
+    parser = argparse.ArgumentParser(prog="mllm train", description="Train one stage with DeepSpeed, on this machine.")
+    parser.add_argument("config", type=Path, help="YAML of one stage, or the name of one that ships: experts")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
+    parser.add_argument("--ranks", type=int, help="processes; default: one a visible GPU, or two on a CPU")
     options = parser.parse_intermixed_args(arguments)
+    from mllm.errors import UserError  # imports of seconds, after --help
+
     try:
         return launch(options.config, options.overrides, options.ranks)
     except UserError as error:

@@ -4,6 +4,7 @@ Parts are what a learning rate can be given to: projector, attention, experts, r
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -21,7 +22,8 @@ from mllm.build import BASE_CARD, PROJECTOR_FILE, load
 from mllm.errors import UserError
 from mllm.mole import MoleConfig, MoleModel
 from mllm.mole.targets import block_linears, find_targets
-from train.config import ModelSection, OptimSection, TrainConfig, suggest
+from train.config import ModelSection, OptimSection, TrainConfig
+from train.fields import checked_fields, suggest
 
 PROJECTOR = "multi_modal_projector"
 PARTS = ("projector", "attention", "experts", "router")
@@ -55,14 +57,24 @@ def make_adapter(values: Mapping[str, Any], key: str) -> PeftConfig:
     if kind not in ADAPTER_TYPES:
         raise UserError(f"{key}.type is {kind!r}" + suggest(str(kind), list(ADAPTER_TYPES)))
     config_class = ADAPTER_TYPES[kind]
-    known = [field.name for field in fields(config_class) if field.init and field.name not in RESERVED]
-    for name in values:
-        if name not in known:
-            raise UserError(f"unknown key {key}.{name}" + suggest(name, known))
+    known = known_fields(config_class)
     try:
-        return config_class(**values)
+        return config_class(**checked_fields(values, config_class, known, key))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(told_of(str(error), key, config_class.__name__, known)) from None
+
+
+def known_fields(config_class: type[PeftConfig]) -> list[str]:
+    """Names of the fields that a user may set."""
+    return [field.name for field in fields(config_class) if field.init and field.name not in RESERVED]
+
+
+def told_of(message: str, key: str, class_name: str, known: list[str]) -> str:
+    """A message about a config's field, with the dotted key that the user wrote in place of the class's name."""
+    message = message.replace(f"{class_name}.", f"{key}.").replace(f"{class_name}:", f"{key}:")
+    if key in message:
+        return message
+    return f"{key}.{message}" if re.match(r"\w+", message)[0] in known else f"{key}: {message}"
 
 
 def starts_from_adapter(section: ModelSection) -> bool:

@@ -22,7 +22,7 @@ from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture
 from mllm.data.template import ConversationEncoder
-from train.check import ADAPTER, CHECKPOINTS, SETTINGS, find_checkpoint
+from train.check import ADAPTER, CHECKPOINTS, ROWS, SETTINGS, checkpoints, find_checkpoint, tell_of_checkpoint
 from train.config import TrainConfig
 from train.parts import build_model, part_of, part_rate, starts_from_adapter, trained
 from train.routing import routing_table, start_from_domains
@@ -42,6 +42,8 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
         suit_cpu()
     set_seed(config.run.seed)  # adapters start from the same values on every rank
     checkpoint = find_checkpoint(config)
+    if is_first():
+        tell_of_checkpoint(config, checkpoint)
     model, processor = build_model(config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     encoder = ConversationEncoder(processor, min(config.data.max_length, positions))
@@ -51,7 +53,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
     if is_first():
         show_run(config, model, mixture, encoder, steps)
-        prepare_folder(config, fresh=checkpoint is None)
+        prepare_folder(config, fresh=checkpoint is None, rows=mixture.digest())
     trainer = MllmTrainer(
         config=config,
         domains=mixture.domains,
@@ -133,15 +135,21 @@ def base_card(model: nn.Module, path: str, processor: LlavaProcessor) -> str:
         return Path(folder, BASE_CARD).read_text(encoding="utf-8")
 
 
-def prepare_folder(config: TrainConfig, *, fresh: bool) -> None:
-    """Make `output_dir` with the settings as resolved; a new run takes the place of an older one's records."""
+def prepare_folder(config: TrainConfig, *, fresh: bool, rows: str | None = None) -> None:
+    """Make `output_dir` with the settings as resolved, and the digest of the rows that are read.
+
+    A new run takes the place of an older one's records; what else lies beside its checkpoints is left.
+    """
     folder = config.run.output_dir
     if fresh:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for old in checkpoints(folder):
+            old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         (folder / LOG).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder / SETTINGS)
+    if rows is not None:
+        (folder / ROWS).write_text(f"{rows}\n", encoding="utf-8")
 
 
 def show_run(config: TrainConfig, model: nn.Module, mixture: Mixture, encoder: ConversationEncoder, steps: int) -> None:
@@ -157,8 +165,8 @@ def show_run(config: TrainConfig, model: nn.Module, mixture: Mixture, encoder: C
         f"{active:,} of {total:,} parameters trained ({active / total:.2%}), in fp32; base {config.model.path} in"
         f" {config.model.dtype}, frozen\n"
         f"{len(mixture):,} rows ({', '.join(f'{name} {count:,}' for name, count in sorted(rows.items()))});"
-        f" {steps:,} steps of {config.run.batch_size} samples; {os.environ['WORLD_SIZE']} rank(s), ZeRO"
-        f" {config.deepspeed.zero}\nfirst sample:"
+        f" {steps:,} steps of {config.run.batch_size} samples; {os.environ['WORLD_SIZE']} rank(s) with"
+        f" {config.run.micro_batch_size} at once, ZeRO {config.deepspeed.zero}\nfirst sample:"
     )
     samples = EncodedMixture(mixture, encoder)
     console.print(encoder.show(samples[int(mixture.order(config.run.seed, 0)[0])]))

@@ -10,6 +10,10 @@ from train.moma.config import ImageTokenizerConfig
 
 def check(config: Any, *, ranks: int) -> Any:
     """Whatever of a run can be found wrong before it starts, told as a UserError. Returns what `run` goes on with."""
+    from train.check import check_dtype
+
+    if not isinstance(config, ImageTokenizerConfig):
+        check_dtype(config.model.dtype)
     if isinstance(config, TrainConfig):
         from train.check import check_run
 

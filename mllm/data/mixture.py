@@ -1,6 +1,8 @@
 """Several sources as one data set, with an order that depends on nothing but seed and epoch."""
 
 import difflib
+import hashlib
+import json
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.utils.data import Dataset
 
+from mllm import plain_yaml
 from mllm.data.conversation import Conversation
 from mllm.data.sources import Source
 from mllm.errors import UserError
@@ -81,6 +84,14 @@ class Mixture(Dataset[Conversation]):
         """Rows drawn in an epoch: the sum over sources of weight x rows, each rounded and at least 1."""
         return sum(self._draws(part) for part in range(len(self.parts)))
 
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits of what rows say, and how often each source's come; not of pictures' content."""
+        name = hashlib.sha256()
+        for part, entry in zip(self.parts, self.config.sources, strict=True):
+            about = [entry.weight, part.name, part.domain, self.config.bad_images]
+            name.update(json.dumps(about).encode("utf-8", "surrogatepass") + part.content)
+        return name.hexdigest()[:16]
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Row indices of one epoch, int64 `[epoch_length]`; a pure function of its arguments.
 
@@ -132,7 +143,7 @@ def read_mixture_config(path: str | Path) -> MixtureConfig:
     """The checked content of a mixture YAML, with no source opened. Raises `UserError` as `load_mixture` does."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = plain_yaml.read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"no such mixture file: {path}" if not path.exists() else f"{path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

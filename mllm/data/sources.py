@@ -68,6 +68,11 @@ class Source(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def content(self) -> bytes:
+        """All records, one after another."""
+        return self._bytes.tobytes()
+
     def __getitem__(self, index: int) -> Conversation:
         """The conversation of one row. Raises `ImageError` if one of its pictures does not exist."""
         if not -len(self) <= index < len(self):

@@ -10,6 +10,7 @@ from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
+from mllm.folders import check_writable
 
 
 def score_files(
@@ -30,6 +31,8 @@ def score_files(
     Raises:
         UserError: as `mllm.evaluation.answers.read_answers`, or the arms answer different questions.
     """
+    if out is not None:
+        check_writable(out, "--out")
     rows = None
     if questions:
         rows = read_questions(questions, image_root=image_root, limit=limit, check_files=False)

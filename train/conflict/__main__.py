@@ -10,24 +10,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mllm.errors import UserError
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m train.conflict", description=__doc__)
-    parser.add_argument(
-        "config",
-        type=Path,
-        nargs="?",
-        help="YAML of one regime, or the name of one that ships: conflict, conflict_real",
-    )
+    parser = argparse.ArgumentParser(prog="mllm conflict", description=__doc__.partition(": ")[2])
+    parser.add_argument("config", type=Path, nargs="?", help="YAML of one regime, or conflict, conflict_real")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--report", action="store_true", help="only report, from the runs that are kept in run.out")
     parser.add_argument("--report-all", type=Path, metavar="FOLDER", help="one table over all studies in a folder")
     options = parser.parse_intermixed_args(arguments)
     if (options.config is None) == (options.report_all is None):
         parser.error("give a config, or --report-all FOLDER")
+    from mllm.errors import UserError  # imports of seconds, after --help
+
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
     try:
         if options.report_all is not None:

@@ -1,13 +1,18 @@
 """Settings of a conflict study: one regime, all arms. YAML and overrides as `train.config` reads them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from mllm.errors import UserError
-from train.config import Dtype, OptimSection, Section, read_config, suggest, usual_dtype
+from mllm.folders import check_writable
+from mllm.mole import MoleConfig
+from train.config import Dtype, OptimSection, Section, Seed, read_config, suggest, usual_dtype
 from train.conflict.arms import ARMS, GROUPS, Arm, own_arm
+from train.fields import checked_fields
+from train.parts import known_fields
 
 
 class BaseSection(Section):
@@ -35,7 +40,7 @@ class MiniworldSection(Section):
     )  # 0 one convention for all · 1 the built-in ones · 2 look-alikes, all answers clash
     cue: bool = False  # put the domain's name before the question
     grounds: bool = True  # look-alikes on a ground for each domain; false: only the cue tells
-    seed: int = 1  # the embedded base has seen scenes of seed 0
+    seed: Seed = 1  # the embedded base has seen scenes of seed 0
     folder: Path = Path("runs/conflict/scenes")  # where pictures are drawn to
 
     @model_validator(mode="after")
@@ -176,5 +181,17 @@ def _names(asked: str | list[str]) -> list[str]:
 def load_conflict_config(path: str | Path, overrides: list[str] | None = None) -> ConflictConfig:
     """Raises UserError for whatever is wrong with the settings, arms included."""
     config = read_config(path, overrides, ConflictConfig)
+    check_writable(config.run.out, "run.out")
+    for name, settings in config.own_arms.items():
+        check_own_arm(f"own_arms.{name}", settings)
     config.arms  # noqa: B018
     return config
+
+
+def check_own_arm(key: str, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for what MoleConfig has no field for, or no such value, and for a rate that is none."""
+    fields = {name: value for name, value in settings.items() if name != "router_rate"}
+    checked_fields(fields, MoleConfig, known_fields(MoleConfig), key)
+    rate = settings.get("router_rate", 1.0)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+        raise UserError(f"{key}.router_rate must be a number above 0 (got {rate!r})")

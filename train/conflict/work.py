@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mllm.build import fingerprint, load
+from mllm.precision import find_device
 from mllm.provenance import provenance
+from train.check import check_dtype
 from train.conflict.config import ConflictConfig
 from train.conflict.data import StudyData, StudyRows, embed, read_rows
 from train.conflict.study import Job, Study
@@ -27,7 +29,8 @@ class Worker:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         rows = read_rows(config.data, with_twice=any(arm.trains == "twice" for arm in config.arms))
-        device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = find_device(config.model.device, key="model.device")
+        check_dtype(config.model.dtype)
         self.base, self.processor = load(config.model.path, dtype=DTYPES[config.model.dtype], device=device)
         self.study = Study(config, rows.facts() | {"base": fingerprint(self.base, with_projector=True)})
         self.study.adapters  # noqa: B018

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from train.config import DeepSpeedSection, OptimSection, RunSection, Section
+from mllm import plain_yaml
+from train.config import DeepSpeedSection, Dtype, OptimSection, RunSection, Section, Weight
 
 
 class PictureSection(Section):
@@ -32,7 +32,8 @@ class StreamSection(PictureSection):
 
     length: int = Field(512, ge=16)  # tokens of a row; documents are packed into it without padding
     rows: int | None = Field(None, gt=0)  # rows to make, samples over and over in new forms; null: each sample once
-    forms: dict[str, float] = Field({"image_to_text": 1.0, "text_to_image": 1.0})  # also interleaved, text, image
+    # also interleaved, text, image
+    forms: dict[str, Weight] = Field({"image_to_text": 1.0, "text_to_image": 1.0})
     # Of image tokens. experts: that of image experts among those of one modality (MoMa), half where either is missing;
     # another share makes other rows, so an upcycled model begins them anew. null: as the forms make it.
     image_share: Annotated[float, Field(gt=0, lt=1)] | Literal["experts"] | None = 0.5
@@ -78,7 +79,7 @@ class MomaModelSection(Section):
     fresh: list[str] = Field([])  # upcycle: groups whose experts start at random, not as copies
     router_noise: float = Field(1.0, ge=0)  # upcycle: of Gumbel noise that tells copies apart, where experts choose
     gradient_checkpointing: bool = False
-    dtype: Literal["bf16", "fp32"] = "fp32"  # of computation; weights are fp32
+    dtype: Dtype = "fp32"  # of computation; weights are fp32
 
 
 class ReportSection(Section):
@@ -107,7 +108,7 @@ class MomaStage(Section):
 
     def save(self, path: Path) -> None:
         """Write the settings as resolved."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        path.write_text(plain_yaml.write(self.model_dump(mode="json")), encoding="utf-8")
 
 
 class ImageTokenizerConfig(MomaStage):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from mllm.errors import UserError
+from mllm.folders import check_writable
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
 from mllm.provenance import provenance
 from train.check import SETTINGS
@@ -149,6 +150,7 @@ def grid(rows: list[list[Image.Image]], gap: int = 2) -> Image.Image:
 def check_image_tokenizer(config: ImageTokenizerConfig) -> None:
     """Raises UserError for sizes that do not fit, and a folder that holds a finished tokenizer."""
     folder = Path(config.run.output_dir)
+    check_writable(folder, "run.output_dir")
     if (folder / FOLDER).exists() and config.run.resume != "never":
         raise UserError(f"run.output_dir {folder} holds a finished run; set another, or run.resume=never.")
     ImageTokenizer.small(**config.tokenizer.shape)

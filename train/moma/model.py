@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +25,7 @@ from mllm.moma import (
 )
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
-from train.config import suggest
+from train.fields import checked_fields
 from train.moma.config import MomaModelSection, MomaTrainConfig
 
 MODEL = "model"  # folder of a finished run's model
@@ -84,7 +85,10 @@ def kind_of(folder: Path) -> str:
 def moma_config(section: MomaModelSection, processor: MomaProcessor) -> MomaConfig:
     """Raises UserError for an unknown field (the nearest is named) and for values that do not go together."""
     check_fields(section)
-    config = MomaConfig.preset(section.preset, **processor.config_fields, **section.fields)
+    try:
+        config = MomaConfig.preset(section.preset, **processor.config_fields, **section.fields)
+    except (UserError, StrictDataclassError) as error:
+        raise UserError(f"model.fields: {error}") from None
     if config.causal_routing == "aux":
         raise UserError(
             "model.fields.causal_routing=aux goes by auxiliary routers, which learn afterwards, in stage "
@@ -145,13 +149,19 @@ def upcycling(section: MomaModelSection, seed: MomaConfig) -> dict[str, Any]:
 
 
 def check_fields(section: MomaModelSection) -> None:
-    """Raises UserError for fields that MomaConfig does not have, or that the vocabulary and the preset decide."""
+    """Puts the fields into the types that MomaConfig has.
+
+    Raises UserError for those it does not have, or that the vocabulary and the preset decide, for values of another
+    type, and for no preset.
+    """
     decided = {"expert_groups", "vocab_size", "codebook_size", "image_token_start", "begin_image_token_id"}
     decided |= {"end_image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
     known = [name for name in MomaConfig().to_dict() if name not in decided]
-    for name in section.fields:
-        if name not in known:
-            raise UserError(f"unknown key model.fields.{name}" + suggest(name, known))
+    section.fields = checked_fields(section.fields, MomaConfig, known, "model.fields")
+    try:
+        MomaConfig.preset(section.preset)
+    except UserError as error:
+        raise UserError(f"model.preset: {error}") from None
 
 
 def upcycled(section: MomaModelSection, processor: MomaProcessor) -> MomaForCausalLM:

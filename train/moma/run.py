@@ -1,7 +1,6 @@
 """One stage of the early-fusion model, on one rank: vocabulary, model, rows, trainer, report."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -9,12 +8,14 @@ from transformers import ProgressCallback, set_seed
 
 from mllm.console import quieten
 from mllm.errors import UserError
+from mllm.folders import check_writable
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import PackedRows
-from train.check import check_batch, find_checkpoint
+from mllm.start import module_command, module_environment
+from train.check import check_whole_batches, find_checkpoint, tell_of_checkpoint
 from train.moma.config import MomaTrainConfig, StreamSection
 from train.moma.data import as_experts, check_data, check_length, digest, training_rows
-from train.moma.model import MODEL, build_moma, build_processor, config_of, num_parameters, rows_seen
+from train.moma.model import MODEL, build_moma, build_processor, check_fields, config_of, num_parameters, rows_seen
 from train.moma.trainer import MomaTrainer
 from train.ranks import barrier
 from train.run import callbacks, is_first, prepare_folder, suit_cpu, training_arguments
@@ -24,11 +25,15 @@ from train.trainer import ProgressLine
 def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     """What a run needs, found in order in a second. Raises UserError naming the key."""
     quieten()
-    check_batch(config.run, ranks)
+    check_writable(config.run.output_dir, "run.output_dir")
+    check_whole_batches(config.run, ranks)
+    check_fields(config.model)
     check_data(config.data)
     processor = build_processor(config.model)
-    check_length(config.data, config_of(config, processor), processor)
-    find_checkpoint(config, MODEL)
+    model = config_of(config, processor)
+    check_length(config.data, model, processor)
+    data = as_experts(config.data, model.layout)
+    find_checkpoint(config, MODEL, ranks=ranks, data=lambda: digest(data, processor))
 
 
 def run_moma(config: MomaTrainConfig) -> None:
@@ -42,6 +47,8 @@ def run_moma(config: MomaTrainConfig) -> None:
         suit_cpu()
     set_seed(config.run.seed)  # new weights are the same on every rank
     checkpoint = find_checkpoint(config, MODEL)
+    if is_first():
+        tell_of_checkpoint(config, checkpoint)
     model, processor = build_moma(config)
     arguments = training_arguments(config, config.run.steps)
     data = as_experts(config.data, model.config.layout)
@@ -49,7 +56,7 @@ def run_moma(config: MomaTrainConfig) -> None:
     start = rows_seen(config, name)
     if is_first():
         show_run(config, model, rows, start)
-        prepare_folder(config, fresh=checkpoint is None)
+        prepare_folder(config, fresh=checkpoint is None, rows=name)
     trainer = MomaTrainer(
         config=config,
         processor=processor,
@@ -93,6 +100,7 @@ def show_run(config: MomaTrainConfig, model: torch.nn.Module, rows: PackedRows, 
 
 def report(folder: Path) -> None:
     """In a process of its own: under ZeRO-3 this one can load no model."""
-    made = subprocess.run([sys.executable, "-m", "train.moma.report", str(folder)], check=False)
+    command = module_command("train.moma.report", str(folder))
+    made = subprocess.run(command, env=module_environment(), check=False)
     if made.returncode:
         raise UserError(f"the model is saved, its report failed; make it again: python -m train.moma.report {folder}")

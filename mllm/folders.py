@@ -1,0 +1,15 @@
+"""Folders that results go to."""
+
+import os
+from pathlib import Path
+
+from mllm.errors import UserError
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raises UserError, naming `key`, unless the folder can be made, or written to where it is there. Makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UserError(f"{key} is {folder}, but {there} is a file: give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key} is {folder}, but {there} may not be written to: give another folder.")
