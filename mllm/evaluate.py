@@ -61,11 +61,9 @@ def evaluate_arms(
         UserError: questions, pictures, model or adapter cannot be read, or no question has an answer to score by.
     """
     quieten()
-    check_writable(out, "--out")
-    rows = read_questions(questions, image_root=image_root, limit=limit)
-    known = load_mixture(train_rows) if train_rows else []
-    models = {name: (model, adapter) for name, adapter in adapters.items()} | dict(peers or {})
-    check_arms(models, num_arms=len(adapters) + len(peers or {}))
+    rows, known, models = check_evaluation(
+        model, adapters, questions, out, peers=peers or {}, train_rows=train_rows, image_root=image_root, limit=limit
+    )
     with ranks.joined():
         arms = {
             name: answer_arm(path, adapter, rows, name=name, split=questions.stem, folder=out / "answers",
@@ -86,6 +84,27 @@ def evaluate_arms(
             write_report(report, arms, out)
             print_report(report)
         return ranks.shared(report)
+
+
+def check_evaluation(
+    model: str,
+    adapters: Mapping[str, str | Path | None],
+    questions: Path,
+    out: Path,
+    *,
+    peers: Mapping[str, tuple[str, str | Path | None]],
+    train_rows: Path | None,
+    image_root: Path | None,
+    limit: int | None,
+) -> tuple[list[Conversation], Sequence[Conversation], dict[str, tuple[str, str | Path | None]]]:
+    """Questions, training rows, and each arm's model and adapter: what `evaluate_arms` needs, found in order before any
+    model is loaded or process started. Raises UserError as that does."""
+    check_writable(out, "--out")
+    rows = read_questions(questions, image_root=image_root, limit=limit)
+    known = load_mixture(train_rows) if train_rows else []
+    models = {name: (model, adapter) for name, adapter in adapters.items()} | dict(peers)
+    check_arms(models, num_arms=len(adapters) + len(peers))
+    return rows, known, models
 
 
 def check_arms(models: Mapping[str, tuple[str, str | Path | None]], *, num_arms: int) -> None:

@@ -301,7 +301,7 @@ def test_a_peer_named_like_an_arm_is_refused(base, data, tmp_path):
     assert "same name" in printed
 
 
-def test_ranks_start_torchrun_with_the_very_command_line(data, tmp_path, monkeypatch):
+def test_ranks_start_torchrun_with_the_very_command_line(data, tmp_path, monkeypatch, kept_environment):
     class Started(SystemExit):
         """What would have replaced this process."""
 
