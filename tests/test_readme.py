@@ -2,15 +2,21 @@
 
 import json
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from mllm.cli import app
-from train.check import check_batch
-from train.config import load_config
+from train.check import check_batch, check_whole_batches
+from train.config import TrainConfig, load_config
+from train.conflict.config import load_conflict_config
+from train.moma.config import ImageTokenizerConfig
+from train.parts import adapter_config
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -36,12 +42,71 @@ def test_every_command_exists():
     assert named <= commands
 
 
-def test_every_training_named_divides_its_batch_among_the_ranks_it_is_started_on():
-    lines = re.findall(r"^mllm train (train/configs/\w+\.yaml)(.*)", README, re.M)
-    assert lines
-    for path, rest in lines:
-        ranks = re.search(r"--ranks (\d+)", rest)
-        check_batch(load_config(ROOT / path).run, int(ranks[1]) if ranks else 2)  # two on a CPU
+def commands(kind: str) -> list[list[str]]:
+    """Words of every `mllm KIND CONFIG …` in README, the docs and the shipped configs' heads, as a shell would have them."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *CONFIGS]
+    text = "\n".join(re.sub(r"^# ?", "", path.read_text(encoding="utf-8"), flags=re.M) for path in files)
+    lines = re.findall(rf"^ *(?:First: )?mllm {kind} +(train/configs/.*)", text.replace("\\\n", " "), re.M)
+    return [line for line in (shlex.split(re.split(r"  +[a-z]", line)[0], comments=True) for line in lines) if line]
+
+
+TRAININGS = commands("train")
+
+
+def overrides(words: list[str]) -> list[str]:
+    return [word for word in words if "=" in word]
+
+
+@pytest.mark.parametrize("words", TRAININGS, ids=" ".join)
+def test_every_training_named_starts_on_one_two_and_eight_ranks_as_typed(words):
+    config = load_config(ROOT / words[0].rstrip("."), overrides(words))
+    named = [int(words[words.index("--ranks") + 1])] if "--ranks" in words else [1, 2, 8]
+    for ranks in named:
+        check_ranks_of(config, ranks)
+    if isinstance(config, TrainConfig):
+        adapter_config(config.model)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if not path.stem.startswith("conflict")], ids=lambda p: p.stem
+)
+def test_every_shipped_config_starts_on_one_two_and_eight_ranks(path):
+    config = load_config(path)
+    for ranks in (
+        (1, 2, 8) if isinstance(config, TrainConfig) else (1,)
+    ):  # where experts choose over it, a batch is fixed
+        check_ranks_of(config, ranks)
+
+
+def check_ranks_of(config: object, ranks: int) -> None:
+    if isinstance(config, TrainConfig):
+        check_batch(config.run, ranks)
+    elif not isinstance(config, ImageTokenizerConfig):  # which is one process, whatever is asked for
+        check_whole_batches(config.run, ranks)
+
+
+def test_a_base_of_ones_own_is_tuned_at_rates_for_billions_of_weights():
+    own = [load_config(ROOT / words[0], overrides(words)) for words in TRAININGS if "model.path=runs/base" in words]
+    own.append(load_config(ROOT / "train" / "configs" / "llava_7b.yaml"))
+    assert {config.stage for config in own} == {"align", "instruct"}
+    for config in own:
+        assert config.optim.lr <= {"align": 1e-3, "instruct": 2e-4}[config.stage]
+        assert all(rate is None or rate <= config.optim.lr for rate in config.optim.part_lr.model_dump().values())
+
+
+@pytest.mark.parametrize("words", commands("conflict"), ids=" ".join)
+def test_every_study_named_has_settings_that_go_together(words):
+    load_conflict_config(ROOT / words[0], overrides(words))
+
+
+def test_every_extra_is_used():
+    """Each library that pyproject.toml offers is imported somewhere, or is a tool of the tests."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {"scikit-learn": "sklearn", "faiss-cpu": "faiss"}
+    code = "\n".join(path.read_text() for name in ("mllm", "train", "demo") for path in (ROOT / name).rglob("*.py"))
+    for requirement in [each for extra, needs in extras.items() if extra != "dev" for each in needs]:
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert re.search(rf"(import|from) {names.get(name, name.replace('-', '_'))}\b", code), name
 
 
 def test_every_config_named_exists():
