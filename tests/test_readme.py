@@ -43,11 +43,11 @@ def test_every_command_exists():
 
 
 def commands(kind: str) -> list[list[str]]:
-    """Words of every `mllm KIND CONFIG …` in README, the docs and the shipped configs' heads, as a shell would have them."""
+    """Words of every `mllm KIND CONFIG …` in README, the docs and the shipped configs' heads, as a shell has them."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *CONFIGS]
     text = "\n".join(re.sub(r"^# ?", "", path.read_text(encoding="utf-8"), flags=re.M) for path in files)
-    lines = re.findall(rf"^ *(?:First: )?mllm {kind} +(train/configs/.*)", text.replace("\\\n", " "), re.M)
-    return [line for line in (shlex.split(re.split(r"  +[a-z]", line)[0], comments=True) for line in lines) if line]
+    lines = re.findall(rf"^ *mllm {kind} +(train/configs/.*)", text.replace("\\\n", " "), re.M)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 TRAININGS = commands("train")
@@ -59,7 +59,7 @@ def overrides(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("words", TRAININGS, ids=" ".join)
 def test_every_training_named_starts_on_one_two_and_eight_ranks_as_typed(words):
-    config = load_config(ROOT / words[0].rstrip("."), overrides(words))
+    config = load_config(ROOT / words[0], overrides(words))
     named = [int(words[words.index("--ranks") + 1])] if "--ranks" in words else [1, 2, 8]
     for ranks in named:
         check_ranks_of(config, ranks)
@@ -67,14 +67,13 @@ def test_every_training_named_starts_on_one_two_and_eight_ranks_as_typed(words):
         adapter_config(config.model)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if not path.stem.startswith("conflict")], ids=lambda p: p.stem
-)
+STAGES = [path for path in CONFIGS if "conflict" not in path.stem]
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_every_shipped_config_starts_on_one_two_and_eight_ranks(path):
     config = load_config(path)
-    for ranks in (
-        (1, 2, 8) if isinstance(config, TrainConfig) else (1,)
-    ):  # where experts choose over it, a batch is fixed
+    for ranks in (1, 2, 8) if isinstance(config, TrainConfig) else (1,):  # experts choose over a batch of one size
         check_ranks_of(config, ranks)
 
 
