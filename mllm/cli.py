@@ -96,17 +96,18 @@ def evaluate(
 
     A run that was killed goes on where it was when started again.
     """
-    if ranks > 1 and "WORLD_SIZE" not in os.environ:
-        start_ranks(ranks)
     from mllm import register
-    from mllm.evaluate import evaluate_arms
+    from mllm.evaluate import check_evaluation, evaluate_arms
 
     register()  # a peer may be any model of this project too
-
+    about = {"peers": parse_peers(peer or []), "train_rows": train_rows, "image_root": image_root, "limit": limit}
+    arms = parse_arms(arm or ["base"])
+    if ranks > 1 and "WORLD_SIZE" not in os.environ:
+        check_evaluation(model, arms, questions, out, **about)  # torchrun would bury what a rank says in a traceback
+        start_ranks(ranks)
     evaluate_arms(
-        model, parse_arms(arm or ["base"]), questions, out, peers=parse_peers(peer or []), train_rows=train_rows,
-        image_root=image_root, blanked=blanked, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        fresh=fresh,
+        model, arms, questions, out, **about,
+        blanked=blanked, batch_size=batch_size, max_new_tokens=max_new_tokens, fresh=fresh,
     )  # fmt: skip
 
 

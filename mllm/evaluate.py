@@ -67,11 +67,9 @@ def evaluate_arms(
         UserError: questions, pictures, model or adapter cannot be read, or no question has an answer to score by.
     """
     quieten()
-    check_writable(out, "--out")
-    rows = read_questions(questions, image_root=image_root, limit=limit)
-    known = load_mixture(train_rows) if train_rows else []
-    models = {name: (model, adapter) for name, adapter in adapters.items()} | dict(peers or {})
-    check_arms(models, num_arms=len(adapters) + len(peers or {}))
+    rows, known, models = check_evaluation(
+        model, adapters, questions, out, peers=peers or {}, train_rows=train_rows, image_root=image_root, limit=limit
+    )
     with ranks.joined():
         arms = {
             name: (answer_specialists if isinstance(adapter, Mapping) else answer_arm)(
@@ -100,6 +98,27 @@ def _plain(adapter: Adapter) -> str | dict[str, str]:
     if isinstance(adapter, Mapping):
         return {domain: str(folder) for domain, folder in adapter.items()}
     return str(adapter)
+
+
+def check_evaluation(
+    model: str,
+    adapters: Mapping[str, Adapter],
+    questions: Path,
+    out: Path,
+    *,
+    peers: Mapping[str, tuple[str, str | Path | None]],
+    train_rows: Path | None,
+    image_root: Path | None,
+    limit: int | None,
+) -> tuple[list[Conversation], Sequence[Conversation], dict[str, tuple[str, Adapter]]]:
+    """Questions, training rows, and each arm's model and adapter: what `evaluate_arms` needs, found in order before any
+    model is loaded or process started. Raises UserError as that does."""
+    check_writable(out, "--out")
+    rows = read_questions(questions, image_root=image_root, limit=limit)
+    known = load_mixture(train_rows) if train_rows else []
+    models = {name: (model, adapter) for name, adapter in adapters.items()} | dict(peers)
+    check_arms(models, num_arms=len(adapters) + len(peers))
+    return rows, known, models
 
 
 def check_arms(models: Mapping[str, tuple[str, Adapter]], *, num_arms: int) -> None:

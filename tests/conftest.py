@@ -14,3 +14,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kept_environment(monkeypatch):
+    """What a command sets for the process that would replace it does not outlast the test."""
+    monkeypatch.setattr("os.environ", os.environ.copy())

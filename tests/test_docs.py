@@ -14,7 +14,6 @@ from peft.config import PeftConfig
 
 from mllm.cli import app
 from mllm.mole import MoleConfig
-from train.check import check_batch
 from train.config import CONFIGS, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -82,25 +81,6 @@ def test_every_make_target_exists(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make (\w+)", PAGES[page], re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
-
-
-@pages
-def test_every_training_named_is_there_and_divides_its_batch_among_its_ranks(page):
-    for name, rest in re.findall(r"^mllm train ([a-z][\w/.]*)((?:\\\n|.)*)", "\n".join(fences(page, "")), re.M):
-        if name.endswith(".yaml") and not name.startswith("train/configs/"):
-            continue  # a file of the reader's own
-        ranks = re.search(r"--ranks (\d+)", rest)
-        check_batch(load_config(shipped(name)).run, int(ranks[1]) if ranks else 2)  # two on a CPU
-
-
-def shipped(name: str) -> Path:
-    """The file of a config that a page names."""
-    stem = Path(name).stem
-    path = CONFIGS / f"{stem}.yaml"
-    return path if path.is_file() else CONFIGS / f"{TO_BE_RENAMED.get(stem, stem)}.yaml"
-
-
-TO_BE_RENAMED = {"projector": "align", "routers": "align_routers"}  # the pages have the new names already
 
 
 @pages

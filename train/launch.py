@@ -49,9 +49,7 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices_of_ranks(ranks, gpus)}).encode()).decode()
     command = module_command("deepspeed.launcher.launch", f"--world_info={world}", "--master_port", str(free_port()))
     command += ["--log_level", "error", "--module", "train", str(config_path), *(overrides or [])]
-    # a group of its own, so that a signal reaches the ranks at once, and whatever they have started
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    return wait_for(launcher)
+    return run_to_end(command, environment)
 
 
 def number_of_ranks(asked: int | None, gpus: int) -> int:
@@ -77,15 +75,23 @@ def devices_of_ranks(ranks: int, gpus: int) -> list[str | int]:
     return devices[:ranks] if len(devices) >= ranks else list(range(ranks))
 
 
-def wait_for(launcher: subprocess.Popen) -> int:
-    """The launcher's exit status. A signal to end goes to its whole group, lest the ranks run on."""
+def run_to_end(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a launcher; its exit status. A signal to end, whenever it comes, goes to all that the launcher started."""
+    launcher, is_ending = None, False
 
     def stop(*_: object) -> None:
-        with suppress(ProcessLookupError):  # it may just have ended
-            os.killpg(launcher.pid, signal.SIGTERM)
+        nonlocal is_ending
+        is_ending = True
+        if launcher is not None:
+            with suppress(ProcessLookupError):  # it may just have ended
+                os.killpg(launcher.pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        # a group of its own, so that a signal reaches the ranks at once, and whatever they have started
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        if is_ending:  # the signal came before there was anything to end
+            stop()
         return launcher.wait()
     finally:
         for number, handler in before.items():

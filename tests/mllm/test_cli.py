@@ -1,15 +1,19 @@
 """The command line: what users type, what they get, and how their mistakes are told."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+import mllm
 from mllm.build import load, write_base_card
 from mllm.cli import app, parse_arm, parse_arms, parse_files, parse_peers
 from mllm.errors import UserError
+from mllm.start import module_environment
 from tests.tiny import tiny_image, write_tiny_llava
 from train.launch import main as launch
 
@@ -301,7 +305,7 @@ def test_a_peer_named_like_an_arm_is_refused(base, data, tmp_path):
     assert "same name" in printed
 
 
-def test_ranks_start_torchrun_with_the_very_command_line(data, tmp_path, monkeypatch):
+def test_ranks_start_torchrun_with_the_very_command_line(data, tmp_path, monkeypatch, kept_environment):
     class Started(SystemExit):
         """What would have replaced this process."""
 
@@ -322,3 +326,70 @@ def test_ranks_start_torchrun_with_the_very_command_line(data, tmp_path, monkeyp
         "mllm.cli",
         *line,
     ]
+
+
+# -- the command itself ----------------------------------------------------------------------------------------------
+
+
+def imported_by(*words: str) -> tuple[str, set[str]]:
+    """What `mllm WORDS` prints, and the packages it imports on the way."""
+    command = [sys.executable, "-X", "importtime", "-m", "mllm.cli", *words]
+    said = subprocess.run(command, env=module_environment(), capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    names = (line.rpartition("|")[2].strip() for line in said.stderr.splitlines() if line.startswith("import time:"))
+    return said.stdout, {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--help"], ["train", "chat", "quickstart"]),
+        (["eval", "--help"], ["--ranks", "--peer"]),
+        (["train", "--help"], ["--ranks", "section.key=value"]),
+        (["conflict", "--help"], ["--report", "--report-all"]),
+        (["chat", "--help"], ["--adapter", "--device", "--port", "--share"]),
+    ],
+)
+def test_help_lists_the_options_and_imports_nothing_that_takes_seconds(words, options):
+    said, packages = imported_by(*words)
+    assert not packages & {
+        "torch",
+        "transformers",
+        "peft",
+        "open_clip",
+        "deepspeed",
+        "gradio",
+        "numpy",
+        "pydantic",
+    }
+    assert all(option in said for option in options), said
+
+
+def test_every_public_name_is_there_for_whoever_imports_the_package():
+    assert all(callable(getattr(mllm, name)) for name in mllm.__all__)
+    assert mllm.__getattr__("load") is load
+    with pytest.raises(AttributeError, match="nonsense"):
+        mllm.__getattr__("nonsense")
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--limit", "--batch-size", "--max-new-tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_count_below_one_is_refused_before_anything_is_loaded(option, value, data, tmp_path):
+    status, printed = run("eval", "--questions", data, "--out", tmp_path / "out", option, value)
+    assert status == 2
+    assert option in printed
+
+
+def test_an_out_that_cannot_be_a_folder_is_told_before_anything_is_loaded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm.evaluate.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    status, printed = run("eval", "--questions", data, "--out", data / "report")
+    assert status == 2
+    assert "--out" in printed
+
+
+def test_a_mistake_is_told_before_ranks_are_started(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm.cli.become", lambda *_: pytest.fail("ranks were started"))
+    arms = ("--arm", f"mole={tmp_path / 'gone'}")
+    status, printed = run("eval", *arms, "--questions", data, "--out", tmp_path / "out", "--ranks", 2)
+    assert status == 2
+    assert "gone" in printed

@@ -1,19 +1,21 @@
 """Mistakes of the user's: told in words with status 2, and nothing left behind."""
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mllm.data.images import ImageError
+from mllm.data.mixture import load_mixture
 from mllm.errors import UserError
 from tests.train.data import write_config
 from train.__main__ import main, original_message
-from train.check import differences, find_checkpoint
-from train.config import load_config
+from train.check import check_batch, differences, find_checkpoint, micro_batch, tell_of_checkpoint
+from train.config import RunSection, load_config
 from train.launch import main as launch_main
+from train.run import prepare_folder
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def refused(folder, capfd, monkeypatch, *overrides: str) -> str:
         ("model.path=nowhere", "nowhere"),
         ("model.start_from=nowhere", "model.start_from: nowhere"),
         ("data.mixture=nowhere.yaml", "nowhere.yaml"),
-        ("run.batch_size=7", "run.batch_size=7 is not a multiple"),
+        ("run.seed=-1", "run.seed"),
         ("run.resume=nowhere", "run.resume: nowhere"),
     ],
 )
@@ -83,7 +85,7 @@ def test_the_launcher_is_not_started_on_a_wrong_setting(folder, capfd):
 
 def test_a_folder_with_another_run_is_not_gone_on_with(folder):
     config = load_config(folder / "config.yaml")
-    os.makedirs(folder / "run" / "checkpoints" / "checkpoint-2")
+    write_checkpoint(folder / "run", 2)
     config.save(folder / "run" / "config.yaml")
     assert find_checkpoint(config).name == "checkpoint-2"
     changed = load_config(folder / "config.yaml", ["run.seed=5", "data.workers=1"]).model_dump(mode="json")
@@ -111,9 +113,102 @@ def test_the_micro_batch_is_free_unless_something_is_chosen_among_it(settings, i
 def test_the_newest_checkpoint_is_taken_by_number_not_by_name(folder):
     config = load_config(folder / "config.yaml")
     for step in (9, 10):
-        os.makedirs(folder / "run" / "checkpoints" / f"checkpoint-{step}")
+        write_checkpoint(folder / "run", step)
     config.save(folder / "run" / "config.yaml")
     assert find_checkpoint(config).name == "checkpoint-10"
+
+
+def write_checkpoint(run: Path, step: int, ranks: int = 1) -> Path:
+    """A checkpoint's files, empty, as Trainer and DeepSpeed leave them on so many ranks."""
+    folder = run / "checkpoints" / f"checkpoint-{step}"
+    (folder / f"global_step{step}").mkdir(parents=True)
+    (folder / "latest").write_text(f"global_step{step}")
+    (folder / "trainer_state.json").touch()
+    for rank in range(ranks):
+        (folder / ("rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth")).touch()
+    return folder
+
+
+def test_what_is_no_whole_checkpoint_is_passed_over_and_named(folder, capsys):
+    config = load_config(folder / "config.yaml")
+    good = write_checkpoint(folder / "run", 3)
+    (good.parent / "checkpoint-abc").mkdir()
+    (good.parent / "checkpoint-12").mkdir()
+    (good.parent / "checkpoint-13").touch()
+    (write_checkpoint(folder / "run", 14) / "global_step14").rmdir()
+    assert find_checkpoint(config, ranks=1) == good
+    tell_of_checkpoint(config, good)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 5
+    for name in ("abc", "12", "13", "14"):
+        assert any(f"checkpoint-{name} is not a whole checkpoint" in line for line in said)
+
+
+def test_with_no_whole_checkpoint_a_run_begins_anew_and_leaves_what_is_not_its_own(folder):
+    config = load_config(folder / "config.yaml")
+    for name in ("checkpoint-abc", "checkpoint-12"):
+        (folder / "run" / "checkpoints" / name).mkdir(parents=True)
+    assert find_checkpoint(config, ranks=1) is None
+    prepare_folder(config, fresh=True)
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["checkpoint-abc"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_where_it_is_asked_for_by_name(folder):
+    half = folder / "checkpoint-4"
+    half.mkdir()
+    (half / "trainer_state.json").touch()
+    with pytest.raises(UserError, match=r"run\.resume: .*checkpoint-4 is no checkpoint"):
+        find_checkpoint(load_config(folder / "config.yaml", [f"run.resume={half}"]))
+
+
+@pytest.mark.parametrize("resume", ["auto", "by name"])
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (8, 4)])
+def test_another_number_of_ranks_is_refused_with_both_numbers(folder, before, now, resume):
+    checkpoint = write_checkpoint(folder / "run", 3, before)
+    overrides = [f"run.resume={checkpoint}"] if resume == "by name" else []
+    config = load_config(folder / "config.yaml", overrides)
+    assert find_checkpoint(config, ranks=before) == checkpoint
+    with pytest.raises(UserError, match=rf"saved by {before} rank.* now there are {now}.*--ranks {before}"):
+        find_checkpoint(config, ranks=now)
+
+
+def test_without_zero_nothing_is_split_and_any_number_of_ranks_goes_on(folder):
+    checkpoint = write_checkpoint(folder / "run", 3, 2)
+    assert find_checkpoint(load_config(folder / "config.yaml", ["deepspeed.zero=0"]), ranks=1) == checkpoint
+
+
+@pytest.mark.parametrize("change", ["an answer", "a row less", "a weight"])
+def test_changed_rows_are_not_gone_on_with(folder, change):
+    config = load_config(folder / "config.yaml", [f"data.mixture={folder}/mixture.yaml"])
+    prepare_folder(config, fresh=True, rows=load_mixture(config.data.mixture).digest())
+    write_checkpoint(folder / "run", 3)
+    assert find_checkpoint(config, data=load_mixture(config.data.mixture).digest)
+    rows, mixture = json.loads((folder / "rows.json").read_text()), folder / "mixture.yaml"
+    if change == "an answer":
+        rows[-1]["conversations"][-1]["value"] = "other"
+    elif change == "a row less":
+        rows.pop()
+    else:
+        mixture.write_text(mixture.read_text().replace("}]", ", weight: 2}]"))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="other rows"):
+        find_checkpoint(config, data=load_mixture(config.data.mixture).digest)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_folder_that_cannot_be_written_to_is_told_by_key(folder, capfd, monkeypatch, resume):
+    (folder / "file").touch()
+    said = refused(folder, capfd, monkeypatch, f"run.output_dir={folder}/file/run", f"run.resume={resume}")
+    assert "run.output_dir" in said
+    assert "is a file" in said
+
+
+def test_a_batch_is_shared_out_among_ranks_in_the_largest_micro_batches_allowed():
+    run = RunSection(output_dir="x", steps=1, batch_size=48, micro_batch_size=16)
+    assert [micro_batch(run, ranks) for ranks in (1, 2, 3, 8, 48)] == [16, 12, 16, 6, 1]
+    check_batch(run, 8)
+    with pytest.raises(UserError, match=r"run\.batch_size=48 is not a multiple of the 5 ranks"):
+        check_batch(run, 5)
 
 
 def test_an_error_from_a_loading_process_is_told_without_that_processs_traceback():

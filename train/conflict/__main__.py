@@ -10,10 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+DESCRIPTION = (
+    "Measure what mixing domains costs, and which arm gets it back: run what is not there yet, then report. Started a"
+    " second time beside the first, both share the work."
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr."""
-    parser = argparse.ArgumentParser(prog="mllm conflict", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="mllm conflict", description=DESCRIPTION)
     parser.add_argument("config", type=Path, nargs="?", help="YAML of one regime, or conflict, conflict_real")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--report", action="store_true", help="only report, from the runs that are kept in run.out")

@@ -13,7 +13,7 @@ from train.conflict.__main__ import main
     [
         (["nowhere.yaml"], "cannot read the config nowhere.yaml"),
         (["train/configs/conflict.yaml", "run.arms=[moel]"], "did you mean mole?"),
-        (["train/configs/conflict.yaml", "own_arms={x: {topk: 2}}", "run.arms=[x]"], "arm x.topk"),
+        (["train/configs/conflict.yaml", "own_arms={x: {topk: 2}}", "run.arms=[x]"], "own_arms.x.topk"),
         (["train/configs/conflict_real.yaml"], "no such mixture file: train.yaml"),
         (["train/configs/conflict.yaml", "run.out=nowhere", "--report"], "holds no study.json"),
         (["--report-all", "nowhere"], "no summary.json"),
@@ -42,7 +42,7 @@ def test_rows_of_one_domain_are_refused_before_anything_is_written(tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_mllm_conflict_becomes_the_module_with_all_that_was_typed(monkeypatch):
+def test_mllm_conflict_becomes_the_module_with_all_that_was_typed(monkeypatch, kept_environment):
     class Started(SystemExit):
         """What would have replaced this process."""
 
