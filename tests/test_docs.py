@@ -8,13 +8,15 @@ import re
 import tomllib
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 import yaml
 from peft.config import PeftConfig
 
 from mllm.cli import app
 from mllm.mole import MoleConfig
-from train.config import CONFIGS, load_config
+from tests.tiny import tiny_language_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -91,6 +93,17 @@ def test_every_python_example_parses_and_imports_what_there_is(page):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_the_loop_of_ones_own_trains_the_routers():
+    (loop,) = [code for code in fences("docs/routing.md", "python") if "optimizer.step()" in code]
+    model = peft.get_peft_model(tiny_language_model(), MoleConfig(r=2, num_experts=3, expert_domains=["a", "b", "c"]))
+    weight = next(weight for name, weight in model.named_parameters() if "mole_router" in name)
+    before, ids = weight.detach().clone(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    batches = [({"input_ids": ids, "labels": ids}, ["a", "b"])]
+    exec(loop, {"model": model, "optimizer": optimizer, "batches": batches})
+    assert not torch.equal(weight, before)
 
 
 def test_readme_is_short_and_keeps_its_numbers_in_one_table():
