@@ -14,7 +14,7 @@ from mllm.errors import UserError
 from mllm.folders import check_writable
 from mllm.mole import MoleConfig
 from mllm.precision import lacks_bf16
-from train.config import RunSection, TrainConfig, read_yaml
+from train.config import RunSection, TrainConfig, read_yaml, renamed
 from train.parts import adapter_config, starts_from_adapter
 
 ADAPTER = "adapter"
@@ -217,7 +217,7 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
     """Raises UserError, naming the differences, if the run in a folder had settings that change its course."""
     if not (folder / SETTINGS).is_file():
         return
-    changed = differences(read_yaml(folder / SETTINGS), config.model_dump(mode="json"))
+    changed = differences(renamed(read_yaml(folder / SETTINGS), quiet=True), config.model_dump(mode="json"))
     if changed:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}). Set another run.output_dir, or"

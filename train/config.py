@@ -4,6 +4,8 @@ Every unknown key is refused with the nearest known name; `load_config` is the o
 writes the settings as they were resolved, so that a run can be repeated from its own folder.
 """
 
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -56,7 +58,7 @@ class ModelSection(Section):
     start_from: Path | None = (
         None  # folder of an earlier run's adapter: its projector, or a whole adapter to go on with
     )
-    train_projector: bool = True  # false keeps the projector frozen in stage instruct; stage align always trains it
+    train_projector: bool = True  # false keeps the projector frozen in stage instruct; stage projector always trains it
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
     # of the frozen base and of computation, trained weights are always fp32; default bf16 where the machine computes it
     dtype: Dtype = Field(default_factory=usual_dtype)
@@ -128,8 +130,8 @@ class DeepSpeedSection(Section):
         return self
 
 
-class AlignSection(Section):
-    """Stage align_routers (RoMA, 2511.07419): which routers, drawn to which neighbours, how strongly."""
+class RoutersSection(Section):
+    """Stage routers (RoMA, 2511.07419): which routers, drawn to which neighbours, how strongly."""
 
     # the last so many decoder layers (all, where they are fewer), or their numbers from 0
     layers: Count | Annotated[list[Layer], Field(min_length=1)] = 5
@@ -161,37 +163,14 @@ class AlignSection(Section):
 
 
 class TrainConfig(Section):
-    """One stage of training. `align` fits the projector alone; `instruct` an adapter (and the projector);
-    `align_routers` the routers of an adapter that is there."""
+    """What the stages on a LLaVA have; each is a subclass in its file of `train/stages/`."""
 
-    stage: Literal["align", "instruct", "align_routers"]  # those of the early-fusion model: train/moma/config.py
+    stage: str
     model: ModelSection
     data: DataSection
     run: RunSection
     optim: OptimSection = OptimSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
-    align: AlignSection = AlignSection()  # of stage align_routers
-
-    @model_validator(mode="after")
-    def routers_to_align(self) -> "TrainConfig":
-        if self.stage != "align_routers":
-            return self
-        if self.model.adapter is not None or self.model.start_from is None:
-            raise ValueError(
-                "stage align_routers goes on with a MoLE adapter: give its folder as model.start_from, and no"
-                " model.adapter"
-            )
-        if self.deepspeed.zero == 3:
-            raise ValueError("stage align_routers trains a few thousand weights: set deepspeed.zero to 0, 1 or 2")
-        return self
-
-    @model_validator(mode="after")
-    def stage_fits_adapter(self) -> "TrainConfig":
-        if self.stage == "align" and self.model.adapter is not None:
-            raise ValueError("stage align trains the projector alone: leave model.adapter out, or set stage: instruct")
-        if self.stage == "instruct" and self.model.adapter is None and self.model.start_from is None:
-            raise ValueError("stage instruct needs model.adapter ({type: mole} or {type: lora}), or model.start_from")
-        return self
 
     def save(self, path: Path) -> None:
         """Write the settings as resolved."""
@@ -203,7 +182,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
 
     `path` may be the name of a config that ships: `load_config("experts")` from any folder.
 
-    Returns a TrainConfig, or for the stages of the early-fusion model one of `train.moma.config`.
+    Returns the `Config` of the stage that the file names, see `train/stages/`.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (the nearest known one is named) or a value that does not fit.
@@ -221,8 +200,9 @@ def find_config(name: str | Path) -> Path:
     if path.is_file():
         return path
     shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
-    if str(name) in shipped:
-        return shipped[str(name)]
+    known = import_module("train.stages").OLD_NAMES.get(path.stem, path.stem)
+    if known in shipped and (str(name) == path.stem or known != path.stem):  # also the old path of a renamed one
+        return shipped[known]
     raise UserError(
         f"cannot read the config {name}: no such file, and no shipped config of that name"
         + suggest(path.stem, [*shipped])
@@ -235,6 +215,8 @@ def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config
     values = read_yaml(Path(path), kind or TrainConfig)
     for override in overrides or []:
         apply_override(values, override)
+    if kind is None:
+        values = renamed(values)
     settings = kind or settings_of(values.get("stage"))
     try:
         return settings.model_validate(values)
@@ -243,10 +225,35 @@ def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config
 
 
 def settings_of(stage: object) -> type[Section]:
-    """The class that checks a stage's settings."""
-    from train.moma.config import SETTINGS  # it builds on this file
+    """The class that checks a stage's settings. Raises UserError for an unknown or a missing stage."""
+    stages = import_module("train.stages")  # by name: each of its files builds on this one
+    if stage not in stages.names():
+        raise UserError(
+            "key stage is missing"
+            if stage is None
+            else f"stage: no stage {stage!r}" + suggest(str(stage), stages.names())
+        )
+    return stages.find(stage).Config
 
-    return SETTINGS.get(stage, TrainConfig) if isinstance(stage, str) else TrainConfig
+
+def renamed(values: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """Settings with the names that stages and sections have today; tells which old ones it met unless `quiet`.
+
+    `align` was a stage, now `projector`, and the section of the stage `align_routers`, now `routers` both; every run of
+    old wrote that section into its config.yaml, whatever its stage.
+    """
+    stage = values.get("stage")
+    new = import_module("train.stages").OLD_NAMES.get(stage, stage) if isinstance(stage, str) else stage
+    values = values | ({"stage": new} if new != stage else {})
+    if "align" in values:
+        section = values.pop("align")
+        values |= {"routers": section} if new == "routers" else {}
+    if new != stage and not quiet:
+        print(
+            f"stage {stage} is called {new} now" + (", and section align routers" if new == "routers" else ""),
+            file=sys.stderr,
+        )
+    return values
 
 
 def read_yaml(path: Path, kind: type[Section] = TrainConfig) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def told_of(message: str, key: str, class_name: str, known: list[str]) -> str:
 
 
 def starts_from_adapter(section: ModelSection) -> bool:
-    """Whether `start_from` is a whole adapter, not just the projector of a stage align run."""
+    """Whether `start_from` is a whole adapter, not just the projector of a stage projector run."""
     return section.start_from is not None and (section.start_from / "adapter_config.json").is_file()
 
 
@@ -90,15 +90,15 @@ def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGen
     """
     section = config.model
     is_adapter = starts_from_adapter(section)
-    if is_adapter and (section.adapter is not None or config.stage == "align"):
+    if is_adapter and (section.adapter is not None or config.stage == "projector"):
         raise UserError(
             f"model.start_from {section.start_from} is a whole adapter, whose settings are kept: drop model.adapter"
-            " and use stage instruct. To take only a projector, give the folder of a stage align run."
+            " and use stage instruct. To take only a projector, give the folder of a stage projector run."
         )
     model, processor = load(
         section.path, adapter=section.start_from, dtype=DTYPES[section.dtype], is_trainable=is_adapter
     )
-    if config.stage == "align":
+    if config.stage == "projector":
         model.requires_grad_(False)
         model.get_submodule(projector_name(model)).requires_grad_(True)
     elif not is_adapter:

@@ -64,7 +64,7 @@ class StageTrainer(Trainer):
         barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Trainer leaves frozen weights out for a PeftModel only; in stage align the model is none.
+        # Trainer leaves frozen weights out for a PeftModel only; in stage projector the model is none.
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))

@@ -94,7 +94,7 @@ def biased(folder):
 @pytest.fixture(scope="module")
 def aligned(folder):
     """Stage align in one process and bf16, started without a launcher."""
-    overrides = ["stage=align", "model.adapter=null", "model.dtype=bf16", f"run.output_dir={folder / 'align'}"]
+    overrides = ["stage=projector", "model.adapter=null", "model.dtype=bf16", f"run.output_dir={folder / 'align'}"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "train", str(folder / "config.yaml"), *overrides, "run.save_every=5"]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout

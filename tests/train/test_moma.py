@@ -13,11 +13,11 @@ from mllm.moma.processor import MomaProcessor
 from tests.tiny import tiny_language_model, tiny_tokenizer
 from tests.train.moma_data import write_moma_config
 from train.config import load_config
-from train.moma.config import ImageTokenizerConfig, PictureSection
+from train.moma.config import PictureSection
 from train.moma.data import as_experts, captioned, check_length, digest, held_out_documents, training_rows
-from train.moma.image_tokenizer import held_out_pictures, train_image_tokenizer
 from train.moma.model import build_moma, config_of, rows_seen, write_model
 from train.moma.run import check_moma
+from train.stages import image_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_captions_of_files_are_split_by_picture(tmp_path):
     learned = list(captioned(section, "train"))
     assert held_out == ["caption 0", "caption 20", "caption 20"]
     assert validation == ["caption 10", "caption 30"]
-    assert [picture.getpixel((0, 0))[0] for picture in held_out_pictures(section)] == [0, 20]
+    assert [picture.getpixel((0, 0))[0] for picture in image_tokenizer.held_out_pictures(section)] == [0, 20]
     assert len(learned) == 36
     assert learned[0][0].getpixel((0, 0)) == (1, 0, 0)
     assert learned[0][1] == "caption 1"
@@ -226,7 +226,7 @@ def test_the_data_go_on_only_where_they_are_the_same(path, tmp_path):
 
 
 def test_stage_image_tokenizer_learns_and_shows_what_it_learned(tmp_path):
-    config = ImageTokenizerConfig.model_validate(
+    config = image_tokenizer.Config.model_validate(
         {
             "stage": "image_tokenizer",
             "data": {"miniworld": 16, "held_out": 4},
@@ -242,7 +242,7 @@ def test_stage_image_tokenizer_learns_and_shows_what_it_learned(tmp_path):
             "run": {"output_dir": tmp_path / "run", "steps": 30, "batch_size": 8, "log_every": 10},
         }
     )
-    train_image_tokenizer(config)
+    image_tokenizer.run(config)
     entries = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     assert entries[-1]["reconstruction_loss"] < entries[0]["reconstruction_loss"]
     figures = json.loads((tmp_path / "run" / "report.json").read_text())["figures"]

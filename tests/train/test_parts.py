@@ -64,7 +64,7 @@ def test_plain_lora_adapts_the_linears_that_mole_adapts_and_none_of_the_tower(fo
 
 
 def test_stage_align_trains_the_projector_alone(folder):
-    model, _ = build_model(load(folder, "stage=align", "model.adapter=null"))
+    model, _ = build_model(load(folder, "stage=projector", "model.adapter=null"))
     assert {part_of(name) for name, _ in trained(model)} == {"projector"}
 
 
@@ -127,7 +127,7 @@ def test_a_saved_adapter_routes_as_the_model_it_was_saved_from(folder, tmp_path,
 
 
 def test_an_aligned_projector_that_is_not_trained_on_goes_along_with_the_adapter(folder, tmp_path):
-    align = load(folder, "stage=align", "model.adapter=null")
+    align = load(folder, "stage=projector", "model.adapter=null")
     model, processor = build_model(align)
     card = base_card(model, align.model.path, processor)
     for _, parameter in trained(model):

@@ -9,22 +9,25 @@ import pytest
 from pydantic import BaseModel
 
 from mllm.errors import UserError
-from train.config import TrainConfig, load_config
+from train import stages
+from train.config import load_config
 from train.conflict.config import ConflictConfig, load_conflict_config
 from train.fields import kinds_of
-from train.moma.config import ImageTokenizerConfig, MomaTrainConfig
 from train.moma.model import moma_config
 from train.parts import adapter_config, make_adapter
 
 RUN = "run: {output_dir: out, steps: 3}\n"
 TRAIN = f"stage: instruct\nmodel: {{path: base, adapter: {{type: mole}}}}\ndata: {{mixture: m.yaml}}\n{RUN}"
 MOMA = f"stage: pretrain_moma\nmodel: {{image_tokenizer: tokens}}\n{RUN}"
-TOKENIZER = f"stage: image_tokenizer\n{RUN}"
+STAGES = {
+    "instruct": TRAIN,
+    "routers": f"stage: routers\nmodel: {{path: base, start_from: adapter}}\ndata: {{mixture: m.yaml}}\n{RUN}",
+    "pretrain_moma": MOMA,
+    "image_tokenizer": f"stage: image_tokenizer\n{RUN}",
+}
 CONFLICT = "data: {train: a.yaml, test: b.yaml}\nrun: {out: out}\n"
 ROOTS = {
-    "train": (TrainConfig, TRAIN, load_config),
-    "moma": (MomaTrainConfig, MOMA, load_config),
-    "image_tokenizer": (ImageTokenizerConfig, TOKENIZER, load_config),
+    **{name: (stages.find(name).Config, text, load_config) for name, text in STAGES.items()},
     "conflict": (ConflictConfig, CONFLICT, load_conflict_config),
 }
 # What no setting of a kind can mean, as typed. Free dictionaries are checked where their fields are known.
@@ -83,12 +86,13 @@ def test_a_setting_refuses_by_its_key_what_it_cannot_mean(root, key, annotation,
 
 
 OUT_OF_RANGE = {
-    "train": ("optim.betas=[2, 3]", "optim.betas=[0.9]", "optim.betas=[.nan, 0.9]", "optim.lr=0", "run.seed=4294967296",
-              "run.steps=0", "run.micro_batch_size=0", "run.keep=0", "deepspeed.zero=4", "align.layers=[]",
-              "align.layers=0", "align.layers=[-1]", "align.weight=[-1]", "align.weight=[]", "optim.part_lr.router=0",
-              "optim.warmup_ratio=1", "optim.max_grad_norm=0", "data.max_length=7"),
-    "moma": ("data.forms={text: -1}", "data.forms={text: .nan}", "data.forms={text: true}", "data.image_share=1",
-             "data.domains=[nowhere]", "report.guidance=0.5", "data.length=15"),
+    "instruct": ("optim.betas=[2, 3]", "optim.betas=[0.9]", "optim.betas=[.nan, 0.9]", "optim.lr=0", "run.steps=0",
+                 "run.seed=4294967296", "run.micro_batch_size=0", "run.keep=0", "deepspeed.zero=4", "data.max_length=7",
+                 "optim.part_lr.router=0", "optim.warmup_ratio=1", "optim.max_grad_norm=0"),
+    "routers": ("routers.layers=[]", "routers.layers=0", "routers.layers=[-1]", "routers.weight=[-1]",
+                "routers.weight=[]"),
+    "pretrain_moma": ("data.forms={text: -1}", "data.forms={text: .nan}", "data.forms={text: true}", "data.length=15",
+                      "data.domains=[nowhere]", "data.image_share=1", "report.guidance=0.5"),
     "image_tokenizer": ("tokenizer.codebook_size=1", "data.domains=[]", "data.miniworld=0"),
     "conflict": ("run.lrs=[0]", "run.lrs=[.inf]", "run.lrs=[]", "run.lrs=[1e-3, 0.001]", "data.val_share=1",
                  "adapter.num_experts=1", "adapter.lora_dropout=1", "run.limit_minutes=0"),

@@ -9,7 +9,7 @@ from train.zero import deepspeed_config
 def settings(**deepspeed) -> TrainConfig:
     return TrainConfig.model_validate(
         {
-            "stage": "align",
+            "stage": "projector",
             "model": {"path": "base"},
             "data": {"mixture": "m.yaml"},
             "run": {"output_dir": "out", "steps": 1, "batch_size": 16, "micro_batch_size": 4},

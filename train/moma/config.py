@@ -1,7 +1,7 @@
 """Settings of the early-fusion stages; run, optim and deepspeed are those of every stage."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -94,7 +94,7 @@ class ReportSection(Section):
 
 
 class MomaStage(Section):
-    """What all four have."""
+    """What all four stages have."""
 
     run: RunSection
     optim: OptimSection = OptimSection()
@@ -111,57 +111,29 @@ class MomaStage(Section):
         path.write_text(plain_yaml.write(self.model_dump(mode="json")), encoding="utf-8")
 
 
-class ImageTokenizerConfig(MomaStage):
-    """Stage image_tokenizer: one process, no DeepSpeed, since the network is small."""
-
-    stage: Literal["image_tokenizer"]
-    data: PictureSection = PictureSection()
-    tokenizer: ImageTokenizerSection = ImageTokenizerSection()
-
-
-# Of the model's section, what a stage would take and ignore.
-UNUSED = {
-    "pretrain_moma": ("router_noise", "fresh"),  # MomaConfig's router_noise is one of `fields`
-    "upcycle": ("text_tokenizer", "keep_flops"),
-    "train_causal_routers": (
-        "preset",
-        "fields",
-        "text_tokenizer",
-        "image_tokenizer",
-        "router_noise",
-        "fresh",
-        "keep_flops",
-        "gradient_checkpointing",  # the model computes as it is, and only its auxiliary routers learn
-    ),
-}
-
-
 class MomaTrainConfig(MomaStage):
-    """Stages that train the model itself."""
+    """What the stages that train the model itself have; each is a subclass in its file."""
 
-    stage: Literal["pretrain_moma", "train_causal_routers", "upcycle"]
+    unused: ClassVar[tuple[str, ...]] = ()  # names in `model` that the stage would take and ignore
+
+    stage: str
     model: MomaModelSection
     data: StreamSection = StreamSection()
     report: ReportSection = ReportSection()
 
     @model_validator(mode="after")
-    def stage_fits_model(self) -> "MomaTrainConfig":
-        section = self.model
-        if self.stage == "pretrain_moma" and section.start_from is not None:
-            raise ValueError("stage pretrain_moma starts anew: leave model.start_from out, or set stage: upcycle")
-        if self.stage != "pretrain_moma" and section.start_from is None:
-            raise ValueError(f"stage {self.stage} needs model.start_from, the folder model/ of an earlier run")
-        if self.stage == "pretrain_moma" and section.image_tokenizer is None:
-            raise ValueError("stage pretrain_moma needs model.image_tokenizer: train one first, stage image_tokenizer")
-        for name in UNUSED[self.stage]:
-            if getattr(section, name) != MomaModelSection.model_fields[name].default:
+    def ignores_nothing(self) -> "MomaTrainConfig":
+        for name in self.unused:
+            if getattr(self.model, name) != MomaModelSection.model_fields[name].default:
                 raise ValueError(f"stage {self.stage} has no use for model.{name}: leave it out")
         return self
 
 
-SETTINGS: dict[str, type[MomaStage]] = {
-    "image_tokenizer": ImageTokenizerConfig,
-    "pretrain_moma": MomaTrainConfig,
-    "train_causal_routers": MomaTrainConfig,
-    "upcycle": MomaTrainConfig,
-}
+class ContinuedConfig(MomaTrainConfig):
+    """A stage that goes on from a model that is there."""
+
+    @model_validator(mode="after")
+    def goes_on_from_a_model(self) -> "ContinuedConfig":
+        if self.model.start_from is None:
+            raise ValueError(f"stage {self.stage} needs model.start_from, the folder model/ of an earlier run")
+        return self

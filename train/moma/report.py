@@ -27,8 +27,8 @@ from train.check import SETTINGS
 from train.config import load_config
 from train.moma.config import MomaTrainConfig, ReportSection
 from train.moma.data import captioned, held_out_documents
-from train.moma.image_tokenizer import grid
 from train.moma.model import MODEL
+from train.stages.image_tokenizer import grid
 
 Losses = dict[str, dict[str, float]]
 

@@ -6,6 +6,7 @@ N pictures of a step, C codes. Loss: mean absolute and squared error of pixels, 
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,16 +20,34 @@ from mllm.folders import check_writable
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
 from mllm.provenance import provenance
 from train.check import SETTINGS
-from train.moma.config import ImageTokenizerConfig, PictureSection
+from train.moma.config import ImageTokenizerSection, MomaStage, PictureSection
 from train.moma.data import captioned
 from train.trainer import LOG
 
+IS_ALONE = True
 FOLDER = "image_tokenizer"
 GRID = 12  # held-out pictures shown
 COUNTED = 1500  # training pictures that say which codes are used most
 
 
-def train_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
+class Config(MomaStage):
+    """Its settings."""
+
+    stage: Literal["image_tokenizer"]
+    data: PictureSection = PictureSection()
+    tokenizer: ImageTokenizerSection = ImageTokenizerSection()
+
+
+def check(config: Config, *, ranks: int) -> None:
+    """Raises UserError for sizes that do not fit, and a folder that cannot be written or holds a finished tokenizer."""
+    folder = Path(config.run.output_dir)
+    check_writable(folder, "run.output_dir")
+    if (folder / FOLDER).exists() and config.run.resume != "never":
+        raise UserError(f"run.output_dir {folder} holds a finished run; set another, or run.resume=never.")
+    ImageTokenizer.small(**config.tokenizer.shape)
+
+
+def run(config: Config, checked: None = None) -> ImageTokenizer:
     """Trains and writes image_tokenizer/, train_log.jsonl, report.json and reconstructions.png into run.output_dir.
 
     A run of minutes: it is not resumed, an interrupted one starts again.
@@ -56,14 +75,14 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     return tokenizer
 
 
-def training_pixels(config: ImageTokenizerConfig, tokenizer: ImageTokenizer) -> Tensor:
+def training_pixels(config: Config, tokenizer: ImageTokenizer) -> Tensor:
     """uint8 [N, 3, R, R] on the CPU: a quarter of what floats would take."""
     size = (tokenizer.image_size, tokenizer.image_size)
     pictures = [np.array(picture.convert("RGB").resize(size)) for picture, _ in captioned(config.data, "train")]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def learn(config: ImageTokenizerConfig, tokenizer: ImageTokenizer, pixels: Tensor) -> None:
+def learn(config: Config, tokenizer: ImageTokenizer, pixels: Tensor) -> None:
     """Training proper; a line of the log every `run.log_every` steps."""
     run, optim, model = config.run, config.optim, tokenizer.model
     generator = torch.Generator().manual_seed(run.seed)
@@ -145,12 +164,3 @@ def grid(rows: list[list[Image.Image]], gap: int = 2) -> Image.Image:
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (side * column, side * row))
     return sheet
-
-
-def check_image_tokenizer(config: ImageTokenizerConfig) -> None:
-    """Raises UserError for sizes that do not fit, and a folder that holds a finished tokenizer."""
-    folder = Path(config.run.output_dir)
-    check_writable(folder, "run.output_dir")
-    if (folder / FOLDER).exists() and config.run.resume != "never":
-        raise UserError(f"run.output_dir {folder} holds a finished run; set another, or run.resume=never.")
-    ImageTokenizer.small(**config.tokenizer.shape)

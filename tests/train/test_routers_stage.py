@@ -1,4 +1,4 @@
-"""Stage align_routers: two ranks of the real engine on a tiny adapter, and what is refused."""
+"""Stage routers: two ranks of the real engine on a tiny adapter, and what is refused."""
 
 import json
 
@@ -18,8 +18,8 @@ from train.parts import build_model, gather_adapter, write_adapter
 from train.run import base_card
 
 SECTIONS = {
-    "stage": "align_routers",
-    "align": "{layers: 1, neighbours: 2, weight: [1.0, 3.0], samples: 24, validation_share: 0.25, least_grade: 1.0}",
+    "stage": "routers",
+    "routers": "{layers: 1, neighbours: 2, weight: [1.0, 3.0], samples: 24, validation_share: 0.25, least_grade: 1.0}",
 }
 
 
@@ -101,7 +101,7 @@ def test_without_a_cache_the_routers_are_the_same(finished, tmp_path):
     [
         ("model.start_from=null", "go(es)? on with a MoLE adapter"),
         ("deepspeed.zero=3", r"set deepspeed\.zero to 0, 1 or 2"),
-        ("align.weight=[]", "weight must be a number"),
+        ("routers.weight=[]", "weight must be a number"),
         ("align.neighbors=4", r"align\.neighbors .did you mean neighbours"),
         ("align.token=best", r"align\.token"),
     ],

@@ -1,4 +1,4 @@
-"""Stage align_routers, on one rank: routers of an adapter that is there learn to route like neighbours (RoMA).
+"""Stage routers: the routers of an adapter that is there learn to route like neighbours (RoMA, 2511.07419).
 
 What is dear is kept in the folder `work` of the output_dir: the answers that tell who succeeded, and the states
 entering the first trained layer. A run that was interrupted takes both from there; the training itself is short and
@@ -14,10 +14,12 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import deepspeed
 import torch
 from peft import PeftModel
+from pydantic import model_validator
 from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -58,8 +60,8 @@ from mllm.evaluation.recipe import digest
 from mllm.evaluation.report import Arm, build_report
 from mllm.evaluation.tables import markdown, print_tables, remarks, report_tables
 from mllm.mole import MoleConfig
-from train.check import ADAPTER
-from train.config import TrainConfig
+from train.check import ADAPTER, check_run
+from train.config import RoutersSection, TrainConfig
 from train.parts import DTYPES, parameter_groups, write_adapter
 from train.ranks import barrier, summed
 from train.run import prepare_folder, suit_cpu
@@ -67,13 +69,31 @@ from train.trainer import LOG
 from train.zero import deepspeed_config
 
 ROUTERS, WORK = "routers", "work"
+check = check_run  # nothing of its own to find wrong before the start
+
+
+class Config(TrainConfig):
+    """Its settings."""
+
+    stage: Literal["routers"]
+    routers: RoutersSection = RoutersSection()
+
+    @model_validator(mode="after")
+    def routers_to_align(self) -> "Config":
+        if self.model.adapter is not None or self.model.start_from is None:
+            raise ValueError(
+                "stage routers goes on with a MoLE adapter: give its folder as model.start_from, and no model.adapter"
+            )
+        if self.deepspeed.zero == 3:
+            raise ValueError("stage routers trains a few thousand weights: set deepspeed.zero to 0, 1 or 2")
+        return self
 
 
 @dataclass
 class AlignmentRun:
     """What the steps of a run share. Rows are numbered through: those to learn from first, then the held-out ones."""
 
-    config: TrainConfig
+    config: Config
     model: PeftModel
     processor: LlavaProcessor
     conversations: list[Conversation]
@@ -108,7 +128,7 @@ class AlignmentRun:
         )
 
 
-def run_alignment(config: TrainConfig, mixture: Mixture) -> None:
+def run(config: Config, mixture: Mixture) -> None:
     """Aligns, validates, reports and saves. Every rank calls it, with RANK, LOCAL_RANK and WORLD_SIZE set.
 
     Writes into `run.output_dir`: routers/, adapter/, report.json, .md and .png, train_log.jsonl, config.yaml, work/.
@@ -126,7 +146,7 @@ def run_alignment(config: TrainConfig, mixture: Mixture) -> None:
     before = run.answers(run.held_out, "before-held-out")
     embeddings_NM = over_ranks(len(run.conversations), lambda rows: embed_rows(run, rows))
     embeddings_NM = centred(embeddings_NM, embeddings_NM[: run.num_trained].mean(0))
-    if config.align.cache:
+    if config.routers.cache:
         run = replace(run, data=cached(run))
     true = neighbours_among(run, embeddings_NM, answers)
     aligner, choice = choose_weight(run, embeddings_NM, answers)
@@ -138,7 +158,7 @@ def run_alignment(config: TrainConfig, mixture: Mixture) -> None:
     barrier()
 
 
-def open_run(config: TrainConfig, mixture: Mixture) -> AlignmentRun:
+def open_run(config: Config, mixture: Mixture) -> AlignmentRun:
     """Model, rows and what everything kept depends on."""
     model, processor = load(
         config.model.path, adapter=config.model.start_from, dtype=DTYPES[config.model.dtype], device=ranks.own_device()
@@ -148,14 +168,14 @@ def open_run(config: TrainConfig, mixture: Mixture) -> AlignmentRun:
             f"model.start_from {config.model.start_from} is no MoLE adapter, so it has no routers to align."
         )
     rows = dict.fromkeys(mixture.order(config.run.seed, 0).tolist())
-    taken = [mixture[row] for row in list(rows)[: config.align.samples]]
-    if config.align.validation is not None:
-        held_out = list(load_mixture(config.align.validation))
+    taken = [mixture[row] for row in list(rows)[: config.routers.samples]]
+    if config.routers.validation is not None:
+        held_out = list(load_mixture(config.routers.validation))
     else:
-        number = max(1, round(config.align.validation_share * len(taken)))
+        number = max(1, round(config.routers.validation_share * len(taken)))
         taken, held_out = taken[:-number], taken[-number:]
-    if len(taken) <= config.align.neighbours:
-        raise UserError(f"{len(taken)} rows to learn from are too few for {config.align.neighbours} neighbours each.")
+    if len(taken) <= config.routers.neighbours:
+        raise UserError(f"{len(taken)} rows to learn from are too few for {config.routers.neighbours} neighbours each.")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     conversations = [*taken, *held_out]
     data = EncodedRows(conversations, processor, min(config.data.max_length, positions))
@@ -181,9 +201,9 @@ def cached(run: AlignmentRun) -> CachedStates:
     return CachedStates(run.folder / WORK / "states", pad_token_id=run.processor.tokenizer.pad_token_id)
 
 
-def layers_of(config: TrainConfig) -> int | tuple[int, ...]:
+def layers_of(config: Config) -> int | tuple[int, ...]:
     """As the library takes them."""
-    return config.align.layers if isinstance(config.align.layers, int) else tuple(config.align.layers)
+    return config.routers.layers if isinstance(config.routers.layers, int) else tuple(config.routers.layers)
 
 
 def over_ranks(number: int, compute: Callable[[range], Tensor]) -> Tensor:
@@ -198,7 +218,7 @@ def over_ranks(number: int, compute: Callable[[range], Tensor]) -> Tensor:
 def embed_rows(run: AlignmentRun, rows: range) -> Tensor:
     """Embeddings of questions and pictures."""
     return embed(
-        run.config.align.embedding, run.model, run.data, run.conversations, rows=rows,
+        run.config.routers.embedding, run.model, run.data, run.conversations, rows=rows,
         batch_size=run.config.run.micro_batch_size,
     )  # fmt: skip
 
@@ -210,7 +230,7 @@ def neighbours_among(
 
     `random` draws others in their place, with their weights.
     """
-    align = run.config.align
+    align = run.config.routers
     candidates_N = torch.zeros(len(embeddings_NM), dtype=torch.bool)
     is_right = successful(answers, least_grade=align.least_grade) if align.only_successful else True
     candidates_N[: run.num_trained] = is_right
@@ -226,13 +246,13 @@ def neighbours_among(
 def choose_weight(run: AlignmentRun, embeddings_NM: Tensor, answers: list[Answer]) -> tuple[Aligner, list[dict]]:
     """Trains with every λ and keeps the one with the least loss on held-out answers; the model has its routers."""
     fits = {field.name for field in fields(AlignSettings)} - {"weight", "layers"}
-    settings = AlignSettings(layers=layers_of(run.config), **run.config.align.model_dump(include=fits))
-    neighbours = neighbours_among(run, embeddings_NM, answers, random=run.config.align.random_neighbours)
+    settings = AlignSettings(layers=layers_of(run.config), **run.config.routers.model_dump(include=fits))
+    neighbours = neighbours_among(run, embeddings_NM, answers, random=run.config.routers.random_neighbours)
     choice, best = [], None
-    weights = run.config.align.weights if settings.regulariser != "none" else [0.0]
+    weights = run.config.routers.weights if settings.regulariser != "none" else [0.0]
     for weight in weights:
         if best is not None:
-            renew(aligner, aligner.initial)  # noqa: F821 that of the λ before
+            replace_routers(aligner, aligner.initial)  # noqa: F821 that of the λ before
         aligner = Aligner(run.model, replace(settings, weight=weight))
         train(run, aligner, neighbours, embeddings_NM)
         scores = over_ranks(len(run.held_out), lambda rows: held_out_scores(run, rows))
@@ -253,7 +273,7 @@ def held_out_scores(run: AlignmentRun, rows: range) -> Tensor:
     return torch.stack([scores.loss_N, scores.exact_N.float()], dim=1)
 
 
-def renew(aligner: Aligner, weights: dict[str, Tensor]) -> None:
+def replace_routers(aligner: Aligner, weights: dict[str, Tensor]) -> None:
     """Routers anew, as parameters that no earlier engine has a hook on."""
     for layer in aligner.layers:
         owner = getattr(layer.router, "router", layer.router)
@@ -273,7 +293,7 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embedding
     order = row_order(run.trained_rows, steps, config.run.batch_size, config.run.seed)
     engine = make_engine(config, aligner, steps)
     per_epoch, losses = -(-run.num_trained // config.run.batch_size), []
-    refresh = refresher(run, embeddings_NM) if config.align.refresh_success else None
+    refresh = refresher(run, embeddings_NM) if config.routers.refresh_success else None
     bar = tqdm(order, total=steps, desc=f"λ = {aligner.settings.weight:g}", disable=ranks.rank() > 0)
     for step, rows in enumerate(bar):
         if step % per_epoch == 0:
@@ -286,7 +306,7 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embedding
     engine.destroy()
 
 
-def make_engine(config: TrainConfig, aligner: Aligner, steps: int) -> deepspeed.DeepSpeedEngine:
+def make_engine(config: Config, aligner: Aligner, steps: int) -> deepspeed.DeepSpeedEngine:
     """Without autocast: routers are aligned in the arithmetic in which answers are given, adapters in fp32."""
     optim = config.optim
     optimizer = torch.optim.AdamW(parameter_groups(aligner, optim), lr=optim.lr, betas=optim.betas)
@@ -298,7 +318,7 @@ def make_engine(config: TrainConfig, aligner: Aligner, steps: int) -> deepspeed.
     return deepspeed.initialize(model=aligner, optimizer=optimizer, lr_scheduler=rate, config=settings)[0]
 
 
-def take_step(config: TrainConfig, engine: deepspeed.DeepSpeedEngine, feed: Feed, rows: list[int]) -> Tensor:
+def take_step(config: Config, engine: deepspeed.DeepSpeedEngine, feed: Feed, rows: list[int]) -> Tensor:
     """One optimizer step of this rank's micro-batches; returns its answer loss and regulariser.
 
     Answers count by their tokens in the whole step, and the engine averages over ranks and micro-batches.
@@ -312,7 +332,7 @@ def take_step(config: TrainConfig, engine: deepspeed.DeepSpeedEngine, feed: Feed
     for batch in batches:
         loss, answer_loss, regulariser = engine(batch._replace(answer_tokens=tokens))
         if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()}. Lower optim.lr or align.weight.")
+            raise UserError(f"the loss is {loss.item()}. Lower optim.lr or routers.weight.")
         engine.backward(loss)
         engine.step()
         taken.append(torch.stack([answer_loss, regulariser]).float())
@@ -325,7 +345,7 @@ def refresher(run: AlignmentRun, embeddings_NM: Tensor) -> Callable[[Aligner, in
     def refresh(aligner: Aligner, epoch: int) -> Neighbours:
         name = f"epoch-{epoch}-weight-{aligner.settings.weight:g}"
         answers = run.answers(run.trained_rows, name, stamp=digest([run.stamp, weights_digest(aligner)]))
-        return neighbours_among(run, embeddings_NM, answers, random=run.config.align.random_neighbours)
+        return neighbours_among(run, embeddings_NM, answers, random=run.config.routers.random_neighbours)
 
     return refresh
 
