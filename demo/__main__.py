@@ -10,6 +10,7 @@ from demo.app import build_app, launch
 from demo.session import ChatSession, load_examples
 from mllm.build import load
 from mllm.errors import UserError
+from mllm.generate import KEPT, set_aside
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples = load_examples(args.examples) if args.examples else []
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load(args.model, adapter=args.adapter, device=device)
+        if habits := set_aside(model):
+            left = ", ".join(f"{name} {value}" for name, value in habits.items())
+            print(
+                f"Of the checkpoint's own generation settings only {', '.join(KEPT)} is kept, not {left}.", flush=True
+            )
         app = build_app(ChatSession(model.eval(), processor), model=args.model, adapter=args.adapter, examples=examples)
         url = launch(app, host=args.host, port=args.port, share=args.share)
     except UserError as error:

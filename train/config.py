@@ -49,6 +49,9 @@ class DataSection(Section):
 
     mixture: Path  # a mixture YAML: sources, weights, domains
     max_length: int = Field(2048, ge=8)  # tokens after image places are expanded; a longer sample stops the run by name
+    # what "</s>" and other special tokens are in the words of a turn: their characters (text) or the tokens; by default
+    # as the adapter started from has it, or else text. Kept with the adapter, for scoring and chat
+    special_tokens_in_text: Literal["text", "tokens"] | None = None
     workers: int = Field(2, ge=0)  # processes a rank that read and encode samples; 0 encodes in the training process
 
 

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 
 from mllm.data.conversation import Conversation, Turn
+from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.generate import THREAD_NAME, answer, stream
@@ -97,8 +98,8 @@ def test_the_answer_of_the_row_does_not_change_the_reply(llava, conversations):
 def test_a_reply_ends_at_the_end_token(llava, conversations, monkeypatch):
     model, processor = llava
     ids = []
-    decode = processor.batch_decode
-    monkeypatch.setattr(processor, "batch_decode", lambda new, **options: ids.append(new) or decode(new, **options))
+    decode = Reply.decode
+    monkeypatch.setattr(Reply, "decode", lambda self, new: ids.append([new]) or decode(self, new))
     answer(model, processor, conversations[:1], max_new_tokens=8, progress=False)
     new = ids[0][0].tolist()
     end = next(position for position in range(1, 8) if new[position] not in new[:position])
