@@ -39,6 +39,11 @@ CHAT = "chat"  # stands for a row in messages
 # All that is kept of a checkpoint's own generation settings, in scoring and in chat. It tells what the checkpoint was
 # taught, not how its maker likes replies to be chosen.
 KEPT = ("eos_token_id",)
+# What is in most checkpoints' settings and changes no reply here.
+NO_HABITS = {
+    *KEPT, "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
+    "_from_model_config",
+}  # fmt: skip
 
 
 def answer(
@@ -327,11 +332,8 @@ def own_ends(model: PreTrainedModel | PeftModel) -> list[int]:
 
 def set_aside(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """What the checkpoint's own generation config says and nobody here goes by."""
-    ids = {"bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
     own = model.generation_config.to_diff_dict()
-    return {
-        key: value for key, value in own.items() if not (key in ids or key in KEPT or key[0] == "_" or value is None)
-    }
+    return {key: value for key, value in own.items() if key not in NO_HABITS and value not in (None, False)}
 
 
 class WholeSettings(GenerationConfig):
@@ -345,6 +347,8 @@ class WholeSettings(GenerationConfig):
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **settings: Any) -> dict:
         if defaults_only and allow_custom_entries:
             return {}
+        if defaults_only and self.max_new_tokens is not None:
+            settings.pop("max_length", None)  # two limits would be warned of, and the library's 20 is nobody's wish
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **settings)
 
 

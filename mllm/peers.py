@@ -18,7 +18,7 @@ from mllm.build import resolve
 from mllm.data.conversation import Conversation, Turn
 from mllm.data.images import open_image
 from mllm.data.special_tokens import SpecialTokens
-from mllm.data.template import PROBE
+from mllm.data.template import PROBE, SYSTEM_PROBE, has_system_place, into_first_question
 from mllm.errors import UserError
 from mllm.precision import suitable
 
@@ -75,11 +75,20 @@ class PeerPrompts:
             processor.tokenizer, self._written(), image_token=getattr(processor, "image_token", None)
         )
 
+        asked = [{"type": "text", "text": PROBE}]
+        said = [{"type": "text", "text": SYSTEM_PROBE}]
+        self._has_system_place = has_system_place(self._try_rendering, said, asked)
+
     def _written(self) -> list[str]:
         """What the template writes around a question with a picture."""
         content = [{"type": "image"}, {"type": "text", "text": PROBE}]
-        messages = [{"role": "user", "content": content}]
-        return [self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)]
+        return list(filter(None, [self._try_rendering([{"role": "user", "content": content}])]))
+
+    def _try_rendering(self, messages: list[dict[str, Any]]) -> str | None:
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception:  # a Jinja template raises anything on content and roles it does not know
+            return None
 
     def __call__(self, conversations: Sequence[Conversation], *, blank: bool = False) -> Mapping[str, Tensor]:
         """Whatever the model's forward takes, left-padded; `input_ids` and `attention_mask` `[B, S]` among it.
@@ -101,6 +110,7 @@ class PeerPrompts:
         images = [open_image(path, where=conversation.where) for path in conversation.images]
         waiting = iter(self._emptied(image) if blank else image for image in images)
         turns = conversation.turns[:-1] if conversation.turns[-1].role == "assistant" else conversation.turns
+        turns = turns if self._has_system_place else into_first_question(turns)
         return [{"role": turn.role, "content": self._parts(turn, waiting)} for turn in turns]
 
     def _parts(self, turn: Turn, images: Iterator[Image.Image]) -> list[dict[str, Any]]:

@@ -63,7 +63,15 @@ class SpecialTokens:
             if token.content in named or (token.special and token.content in seen)
         }
         # Templates also write added tokens that are not special, as <think>: answers may hold them, questions may not.
-        guarded = [token for token in added.values() if token.special or token.content in named | seen]
+        # A token "yes" that is special, but that letters make up as well, is a word; a single letter always is.
+        json_text = tokenizer.backend_tokenizer.to_str()
+        words = _words(json_text)
+        guarded = [
+            token
+            for token in added.values()
+            if (token.content in named | seen and len(token.content) > 1)
+            or (token.special and token.content not in words)
+        ]
         image = [token for token in guarded if token.content == image_token]
         in_answers = [token for token in guarded if token.content in self.control.values()]
         self._not_in_questions = _any_of(guarded if in_text == "text" else image)
@@ -75,7 +83,7 @@ class SpecialTokens:
         self._texts = {mark: text for text, mark in self._text_marks.items()}
         self._token_mark = f"\ue000{_PRIVATE}."
         self._text_mark = re.compile(f"\ue002{_PRIVATE}\\.[0-9]+\ue003")
-        self._reader = _renamed(tokenizer.backend_tokenizer.to_str(), tuple(self._token_marks.items()))
+        self._reader = _renamed(json_text, tuple(self._token_marks.items()))
         unknown = tokenizer.unk_token  # which ordinary characters may become
         self._ids = np.array([id for id, token in added.items() if token in guarded and token.content != unknown])
         self._unknown_mark = self._token_marks.get(unknown)
@@ -84,6 +92,10 @@ class SpecialTokens:
         """Text for a template to write; what it spells, `encode` takes as the class says."""
         forbidden = self._not_in_answers if answer else self._not_in_questions
         return forbidden.sub(lambda found: self._text_marks[found[0]], text)
+
+    def vocabulary_in(self, text: str) -> set[str]:
+        """Special tokens that are not control and that `typed` would not leave in a question."""
+        return set(self._not_in_questions.findall(text)) - set(self.control.values())
 
     def settle(self, text: str) -> str:
         """Text as a template wrote it, made ready for `encode`. Pieces of a text may be settled one by one."""
@@ -147,6 +159,20 @@ def _pattern(token: AddedToken) -> str:
 
 
 @lru_cache(maxsize=8)
+def _words(tokenizer_json: str) -> frozenset[str]:
+    """What a tokenizer's model itself makes of letters, its added tokens aside."""
+    model = json.loads(tokenizer_json)["model"]
+    if "merges" in model:
+        letters = {word for word in model["vocab"] if len(word) == 1}
+        return frozenset(letters | {"".join(pair) for pair in _pairs(model["merges"])})
+    return frozenset(model["vocab"] if isinstance(model["vocab"], Mapping) else (word for word, _ in model["vocab"]))
+
+
+def _pairs(merges: list[str] | list[list[str]]) -> list[list[str]]:
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+
+
+@lru_cache(maxsize=8)
 def _renamed(tokenizer_json: str, names: tuple[tuple[str, str], ...]) -> Tokenizer:
     """The same tokenizer with some tokens under other names, so that their old names are ordinary characters.
 
@@ -166,6 +192,5 @@ def _renamed(tokenizer_json: str, names: tuple[tuple[str, str], ...]) -> Tokeniz
     if model.get("unk_token") is not None:
         model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        model["merges"] = [pair for pair in pairs if not new.keys() & {*pair, "".join(pair)}]
+        model["merges"] = [pair for pair in _pairs(model["merges"]) if not new.keys() & {*pair, "".join(pair)}]
     return Tokenizer.from_str(json.dumps(parts, ensure_ascii=False))

@@ -6,9 +6,10 @@ second tokenisation that could disagree with the first. Words of turns never bec
 N pictures, S tokens, H height, W width.
 """
 
+import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
 from mllm.data.images import open_image
 from mllm.data.special_tokens import InText, SpecialTokens
 from mllm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token that is not supervised
 # Stands for an answer while the template is rendered: private-use characters, and a number that nobody can type.
@@ -116,10 +119,8 @@ class ChatTemplate:
         )
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        if turns[0].role == "system" and self._system_parts is None:
-            system, first, *others = turns
-            pieces = first.between_pictures
-            turns = [replace(first, pieces=(f"{system.text}\n{pieces[0]}", *pieces[1:])), *others]
+        if self._system_parts is None:
+            turns = into_first_question(turns)
         return [{"role": turn.role, "content": self._content(turn)} for turn in turns]
 
     def _content(self, turn: Turn) -> str | list[dict[str, str]]:
@@ -195,19 +196,13 @@ class ChatTemplate:
     def _find_system_form(self) -> None:
         """Whether the template has a place for a system turn, and whether it is given as parts there.
 
-        None: it has no place. It fails, leaves it out, or takes it for a turn of somebody else; such a text goes before
-        the first question.
+        None: it has no place.
         """
-        question = {"role": "user", "content": self._content(Turn("user", PROBE))}
+        question = self._content(Turn("user", PROBE))
         self._system_parts: bool | None = None
         for parts in (True, False) if self._takes_parts else (False,):
             said = [_text_part(SYSTEM_PROBE)] if parts else SYSTEM_PROBE
-            as_system, *as_another = (
-                self._try_rendering([{"role": role, "content": said}, question])
-                for role in ("system", "user", "assistant")
-            )
-            shown = as_system is not None and [as_system.count(text) for text in (SYSTEM_PROBE, PROBE)] == [1, 1]
-            if shown and as_system not in as_another:
+            if has_system_place(self._try_rendering, said, question):
                 self._system_parts = parts
                 return
 
@@ -217,6 +212,30 @@ class ChatTemplate:
         shapes = [(asked, answered, asked), (Turn("system", PROBE), asked)]
         texts = (self._try_rendering(self._messages(turns)) for turns in shapes)
         return [text.replace(ANSWER, PROBE) for text in texts if text]
+
+
+Content = str | list[dict[str, str]]
+
+
+def has_system_place(render: Callable[[list[dict[str, Any]]], str | None], said: Content, asked: Content) -> bool:
+    """Whether a template shows a system turn (of `SYSTEM_PROBE`) before a question (of `PROBE`), and not as a turn of
+    somebody else. `render` gives None for what the template does not take.
+    """
+    question = {"role": "user", "content": asked}
+    as_system, *as_another = (
+        render([{"role": role, "content": said}, question]) for role in ("system", "user", "assistant")
+    )
+    shown = as_system is not None and as_system.count(SYSTEM_PROBE) == as_system.count(PROBE) == 1
+    return shown and as_system not in as_another
+
+
+def into_first_question(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """For templates without a place for a system turn: it goes before the first question, on a line of its own."""
+    if turns[0].role != "system":
+        return turns
+    system, first, *others = turns
+    begin, *pieces = first.between_pictures
+    return [replace(first, pieces=(f"{system.text}\n{begin}", *pieces)), *others]
 
 
 def _text_part(text: str) -> dict[str, str]:
@@ -255,6 +274,7 @@ class ConversationEncoder:
         self.template = ChatTemplate(processor, in_text)
         self.stop_token_id = self._find_stop_token()
         self._no_pixels = torch.zeros_like(blank_pixels(processor)[:0])
+        self._told: set[str] = set()
         self._check_prompts()
 
     def encode(self, conversation: Conversation) -> dict[str, Any]:
@@ -363,8 +383,21 @@ class ConversationEncoder:
 
     def _encode(self, conversation: Conversation, turns: Sequence[Turn]) -> dict[str, Any]:
         images = [open_image(path, where=conversation.where) for path in conversation.images]
+        self._tell_vocabulary(turns, conversation.where)
         sample = self.encode_turns(turns, images, where=conversation.where)
         return sample | {"domain": conversation.domain, "where": conversation.where}
+
+    def _tell_vocabulary(self, turns: Sequence[Turn], where: str) -> None:
+        """Says once that a question names a token such as <loc1>, which is not taken for it."""
+        texts = (turn.text for turn in turns if turn.role != "assistant")
+        named = set().union(*map(self.template.special.vocabulary_in, texts)) - self._told
+        if named:
+            logger.warning(
+                "%s: %s in a question is read letter by letter, like all special tokens there. If the token is meant, "
+                "set data.special_tokens_in_text: tokens.",
+                where, ", ".join(sorted(named)),
+            )  # fmt: skip
+            self._told |= named
 
     def _place_images(
         self, segments: list[Segment], images: Sequence[Image.Image], where: str
