@@ -19,15 +19,6 @@ def byte_level(add_prefix_space=False):
     return _trained(tokenizer, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, **_SPECIAL))
 
 
-def spelling():
-    """Its merges make "</s>" of its letters."""
-    tokenizer = byte_level()
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts["model"]["vocab"] |= {"</": 400, "s>": 401}
-    parts["model"]["merges"] += [["<", "/"], ["s", ">"], ["</", "s>"]]
-    return _wrapped(Tokenizer.from_str(json.dumps(parts)))
-
-
 def sentencepiece(prepend_scheme):
     """As Llama's: bytes for unknown characters; a blank before the text "always", "first", "never", or as it was."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -44,6 +35,15 @@ def sentencepiece(prepend_scheme):
     tokenizer = Tokenizer.from_str(json.dumps(parts))
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return _wrapped(tokenizer)
+
+
+def spelling():
+    """Its merges make "</s>" of its letters."""
+    tokenizer = sentencepiece("never")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["model"]["vocab"] |= {"</": 600, "s>": 601}
+    parts["model"]["merges"] += [["<", "/"], ["s", ">"], ["</", "s>"]]
+    return _wrapped(Tokenizer.from_str(json.dumps(parts)))
 
 
 def word_level():
