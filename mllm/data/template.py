@@ -179,12 +179,13 @@ class ChatTemplate:
         prompt = self._render(messages[:1], prompt=True)
         before, found, after = self._render(messages).partition(ANSWER)
         kept = prompt if before.startswith(prompt) else prompt.rstrip()
-        if not found or not before.startswith(kept):
+        lead = before.removeprefix(kept)
+        if not found or not before.startswith(kept) or (kept != prompt and lead.strip()):
             raise UserError(
                 "The chat template's generation prompt is not how a turn of the assistant begins, so that training and "
                 f"generation would differ: {prompt[-60:]!r} against {before[-60:]!r}. Give mllm.build another template."
             )
-        self._lead, self._loose = before.removeprefix(kept), prompt.removeprefix(kept)
+        self._lead, self._loose = lead, prompt.removeprefix(kept)
         special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         special -= {self._image_token, self._tokenizer.bos_token}
         own_end = re.match(rf"\s*({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", after)
