@@ -12,12 +12,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from demo.session import ChatSession, load_examples
     from mllm.build import load
     from mllm.errors import UserError
+    from mllm.generate import KEPT, set_aside
     from mllm.precision import find_device
 
     try:
         device = find_device(args.device, key="--device")
         examples = load_examples(args.examples) if args.examples else []
         model, processor = load(args.model, adapter=args.adapter, device=device)
+        if habits := set_aside(model):
+            left = ", ".join(f"{name} {value}" for name, value in habits.items())
+            print(
+                f"Of the checkpoint's own generation settings only {', '.join(KEPT)} is kept, not {left}.", flush=True
+            )
         app = build_app(ChatSession(model.eval(), processor), model=args.model, adapter=args.adapter, examples=examples)
         url = launch(app, host=args.host, port=args.port, share=args.share)
     except UserError as error:

@@ -85,9 +85,16 @@ class ChatSession:
 
 
 def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as the chat template takes them; text is laid out as in LLaVA's records."""
+    """The messages as the chat template takes them; text is laid out as in LLaVA's records.
+
+    In parts, so that a picture's mark in the text, as a model may write it, is a word like any other.
+    """
+    place = [{"type": "image"}, {"type": "text", "text": "\n"}]
     return [
-        {"role": message.role, "content": f"{IMAGE_PLACE}\n" * len(message.images) + message.text.strip()}
+        {
+            "role": message.role,
+            "content": [*(place * len(message.images)), {"type": "text", "text": message.text.strip()}],
+        }
         for message in messages
     ]
 
@@ -114,9 +121,7 @@ def load_examples(path: str | Path, limit: int = 6) -> list[Message]:
         rows_by_source.setdefault(name, []).append(row)
     rounds = itertools.chain.from_iterable(itertools.zip_longest(*rows_by_source.values()))
     rows = [row for row in rounds if row is not None][:limit]
-    return [
-        Message("user", source[row].turns[0].text.replace(IMAGE_PLACE, "").strip(), source[row].images) for row in rows
-    ]
+    return [Message("user", source[row].first_question, source[row].images) for row in rows]
 
 
 def _open(path: Path) -> Image.Image:

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
@@ -214,6 +215,7 @@ def write_base_card(
         "base": str(base_path),
         "fingerprint": fingerprint(model),
         "chat_template_sha": _sha(processor.chat_template),
+        "special_tokens_in_text": getattr(processor, "special_tokens_in_text", "text"),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / BASE_CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -348,7 +350,7 @@ def _make_processor(
         image_mean=list(preprocess["mean"]),
         image_std=list(preprocess["std"]),
     )
-    return LlavaProcessor(
+    processor = LlavaProcessor(
         image_processor,
         tokenizer,
         patch_size=vision.patch_size,
@@ -356,6 +358,8 @@ def _make_processor(
         num_additional_image_tokens=int(vision.has_class_token),
         chat_template=_choose_template(tokenizer, chat_template),
     )
+    ConversationEncoder(processor)  # refuses a chat template whose prompts are not how training texts begin
+    return processor
 
 
 def _choose_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> str:
@@ -510,6 +514,7 @@ def _load_processor(source: str, path: str | Path, config: PreTrainedConfig) -> 
         processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
     processor.chat_template = processor.chat_template or CHAT_TEMPLATE
     processor.tokenizer.padding_side = "left"
+    ConversationEncoder(processor)  # refuses a chat template whose prompts are not how training texts begin
     return processor
 
 
@@ -547,6 +552,7 @@ def _check_base_card(
             f"The adapter {adapter} was trained on the base {card['base']} with another chat template than that of "
             f"{path}: its answers would be out of form. Load it on the base it was trained on."
         )
+    processor.special_tokens_in_text = card.get("special_tokens_in_text", "text")
 
 
 def _load_projector(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> None:

@@ -24,6 +24,7 @@ from mllm.evaluation.recipe import Recipe, digest
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
 from mllm.folders import check_writable
+from mllm.generate import own_ends, prompts_for
 from mllm.mole import routing_context
 from mllm.peers import is_peer, load_peer
 from mllm.provenance import provenance
@@ -185,7 +186,7 @@ def answer_arm(
     """One arm's answers, with pictures and blanked, and where its experts' tokens went; kept in ``folder``."""
     model, processor = load_arm(model_path, adapter)
     recipe = Recipe.of(
-        rows, split=split, template=template_of(processor), decoding=f"greedy, at most {max_new_tokens} tokens"
+        rows, split=split, template=template_of(processor), decoding=decoding_of(model, processor, max_new_tokens)
     )
     say(f"{name}: {len(rows)} questions, recipe {recipe.id}")
 
@@ -222,6 +223,13 @@ def load_arm(model_path: str, adapter: str | Path | None) -> tuple[PreTrainedMod
 
 def template_of(processor: ProcessorMixin) -> str:
     return str(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template)
+
+
+def decoding_of(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, max_new_tokens: int) -> str:
+    """How replies are chosen, with what a checkpoint's own settings add: tokens that end them."""
+    known = {processor.tokenizer.eos_token_id, *prompts_for(processor).ends}
+    ends = processor.tokenizer.convert_ids_to_tokens(sorted(set(own_ends(model)) - known))
+    return f"greedy, at most {max_new_tokens} tokens" + (f", ended also by {', '.join(map(str, ends))}" if ends else "")
 
 
 def stamp(*paths: str | Path | None) -> str:

@@ -6,6 +6,7 @@ its own processor. B batch, S sequence.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import (
 
 from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
+from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.mole import routing_context
@@ -33,6 +35,15 @@ from mllm.peers import PeerPrompts
 
 THREAD_NAME = "mllm-generate"
 CHAT = "chat"  # stands for a row in messages
+
+# All that is kept of a checkpoint's own generation settings, in scoring and in chat. It tells what the checkpoint was
+# taught, not how its maker likes replies to be chosen.
+KEPT = ("eos_token_id",)
+# What is in most checkpoints' settings and changes no reply here.
+NO_HABITS = {
+    *KEPT, "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
+    "_from_model_config",
+}  # fmt: skip
 
 
 def answer(
@@ -88,15 +99,25 @@ def answer_batches(
     same batches.
     """
     prompts = prompts_for(processor)
-    was_training = model.training
+    with evaluating(model):
+        try:
+            for rows in batches:
+                asked = [conversations[row] for row in rows]
+                yield _answer_batch(model, prompts, asked, max_new_tokens, blank, on_batch)
+        finally:
+            _tell_domains(model, None)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout in any part; afterwards each part is as it was, frozen ones in evaluation among trained ones."""
+    was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for rows in batches:
-            asked = [conversations[row] for row in rows]
-            yield _answer_batch(model, prompts, asked, max_new_tokens, blank, on_batch)
+        yield
     finally:
-        model.train(was_training)
-        _tell_domains(model, None)
+        for module in was_training:
+            module.training = True
 
 
 def _tell_domains(model: PreTrainedModel | PeftModel, domains: list[str] | None) -> None:
@@ -126,13 +147,14 @@ class Prompts:
 
     Attributes:
         processor: whose they are.
+        special: which tokens of a reply are control.
         ends: ids of tokens that end a reply, besides the checkpoint's own.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self._encoder, self._collate = ConversationEncoder(processor), Collator(processor, side="left")
-        self.ends = [self._encoder.stop_token_id]
+        self.special, self.ends = self._encoder.template.special, [self._encoder.stop_token_id]
 
     def __call__(self, conversations: Sequence[Conversation], *, blank: bool = False) -> Mapping[str, Tensor]:
         """What the model reads, left-padded: `input_ids` and `attention_mask` `[B, S]`, and pixels.
@@ -172,8 +194,8 @@ def _answer_batch(
     _tell_domains(model, domains)
     after_prefill = [_AfterPrefill(lambda: on_batch(domains))] if on_batch else []
     ids_BS = model.generate(**_inputs(model, inputs), generation_config=settings, logits_processor=after_prefill)
-    texts = prompts.processor.batch_decode(ids_BS[:, prompt_length:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    reply = Reply(prompts.processor.tokenizer, prompts.special.hidden(settings.eos_token_id))
+    return [reply.decode(ids_S).strip() for ids_S in ids_BS[:, prompt_length:]]
 
 
 def stream(
@@ -192,8 +214,9 @@ def stream(
     closed, or when the reply is complete. Afterwards the thread is gone.
 
     Args:
-        messages: `{"role": "user" | "assistant", "content": …}`, content a string with an `<image>` mark for each
-            picture, or a list of `{"type": "image"}` and `{"type": "text", "text": …}`.
+        messages: `{"role": "system" | "user" | "assistant", "content": …}`, content a string with an `<image>` mark
+            for each picture, or a list of `{"type": "image"}` and `{"type": "text", "text": …}`. No text in it is ever
+            control, see `mllm.data.special_tokens`.
         images: RGB pictures, in the order of their marks.
         temperature: 0 is greedy.
 
@@ -202,7 +225,7 @@ def stream(
             the thread is raised here.
     """
     encoder = ConversationEncoder(processor)
-    turns = [Turn(message["role"], _text_of(message["content"])) for message in messages]
+    turns = [_turn(message["role"], message["content"]) for message in messages]
     sample = encoder.encode_turns(turns, images, where=CHAT)
     prompt = {key: sample[key][None] for key in ("input_ids", "attention_mask")}
     if images:
@@ -216,7 +239,8 @@ def stream(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    reply = Reply(processor.tokenizer, encoder.template.special.hidden(settings.eos_token_id))
+    streamer = TextIteratorStreamer(reply, skip_prompt=True)
     abandoned = threading.Event()
     failures: list[BaseException] = []
 
@@ -233,20 +257,28 @@ def stream(
             streamer.on_finalized_text("", stream_end=True)
 
     thread = threading.Thread(target=generate, name=THREAD_NAME, daemon=True)
-    thread.start()
-    try:
-        yield from filter(None, streamer)
-    finally:
-        abandoned.set()
-        thread.join()
+    with evaluating(model):
+        thread.start()
+        try:
+            yield from filter(None, streamer)
+        finally:
+            abandoned.set()
+            thread.join()
     if failures:
         raise failures[0]
 
 
-def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+def _turn(role: str, content: str | Sequence[Mapping[str, str]]) -> Turn:
+    """A message as a turn. In parts `<image>` is a word like any other."""
     if isinstance(content, str):
-        return content
-    return "".join(IMAGE_PLACE if part["type"] == "image" else part["text"] for part in content)
+        return Turn(role, content)
+    pieces = [""]
+    for part in content:
+        if part["type"] == "image":
+            pieces.append("")
+        else:
+            pieces[-1] += part["text"]
+    return Turn(role, IMAGE_PLACE.join(pieces), tuple(pieces))
 
 
 def _inputs(model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -274,22 +306,50 @@ def _settings(
         raise UserError(
             f"{where}: {prompt_length} tokens of prompt, but the model holds {room}, the reply included. Shorten it."
         )
-    own = model.generation_config.eos_token_id
-    own = [] if own is None else [own] if isinstance(own, int) else own
-    return GenerationConfig(
+    return WholeSettings(
         max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - prompt_length),
-        min_new_tokens=0,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=0 if temperature > 0 else 50,
-        top_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        eos_token_id=sorted({*ends, *own}),
+        eos_token_id=sorted({*ends, *own_ends(model)}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling(temperature),
     )
+
+
+def sampling(temperature: float, top_k: int = 0) -> dict[str, Any]:
+    """Settings that take the most probable token at temperature 0, and else draw among the `top_k` first, 0 all.
+
+    Raises UserError for a temperature below 0.
+    """
+    if temperature < 0:
+        raise UserError(f"temperature is 0 or more, got {temperature}.")
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+
+
+def own_ends(model: PreTrainedModel | PeftModel) -> list[int]:
+    """Ids of the tokens that end a reply by the checkpoint's own settings."""
+    own = model.generation_config.eos_token_id
+    return [] if own is None else own if isinstance(own, list) else [own]
+
+
+def set_aside(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """What the checkpoint's own generation config says and nobody here goes by."""
+    own = model.generation_config.to_diff_dict()
+    return {key: value for key, value in own.items() if key not in NO_HABITS and value not in (None, False)}
+
+
+class WholeSettings(GenerationConfig):
+    """All there is to a generation. What it leaves open is the library's default and not the checkpoint's habit.
+
+    `generate` fills what is None in the settings given from the model's own `generation_config`, and adds what it
+    does not know. Both come through this one call of `update`; no state of the model is touched, so that generations
+    at the same time are not in each other's way.
+    """
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **settings: Any) -> dict:
+        if defaults_only and allow_custom_entries:
+            return {}
+        if defaults_only and self.max_new_tokens is not None:
+            settings.pop("max_length", None)  # two limits would be warned of, and the library's 20 is nobody's wish
+        return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **settings)
 
 
 class _AfterPrefill(LogitsProcessor):

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mllm.build import resolve
-from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
+from mllm.data.conversation import Conversation, Turn
 from mllm.data.images import open_image
+from mllm.data.special_tokens import SpecialTokens
+from mllm.data.template import PROBE, SYSTEM_PROBE, has_system_place, into_first_question
 from mllm.errors import UserError
 from mllm.precision import suitable
 
@@ -69,6 +71,24 @@ class PeerPrompts:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
+        self.special = SpecialTokens(
+            processor.tokenizer, self._written(), image_token=getattr(processor, "image_token", None)
+        )
+
+        asked = [{"type": "text", "text": PROBE}]
+        said = [{"type": "text", "text": SYSTEM_PROBE}]
+        self._has_system_place = has_system_place(self._try_rendering, said, asked)
+
+    def _written(self) -> list[str]:
+        """What the template writes around a question with a picture."""
+        content = [{"type": "image"}, {"type": "text", "text": PROBE}]
+        return list(filter(None, [self._try_rendering([{"role": "user", "content": content}])]))
+
+    def _try_rendering(self, messages: list[dict[str, Any]]) -> str | None:
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception:  # a Jinja template raises anything on content and roles it does not know
+            return None
 
     def __call__(self, conversations: Sequence[Conversation], *, blank: bool = False) -> Mapping[str, Tensor]:
         """Whatever the model's forward takes, left-padded; `input_ids` and `attention_mask` `[B, S]` among it.
@@ -90,20 +110,23 @@ class PeerPrompts:
         images = [open_image(path, where=conversation.where) for path in conversation.images]
         waiting = iter(self._emptied(image) if blank else image for image in images)
         turns = conversation.turns[:-1] if conversation.turns[-1].role == "assistant" else conversation.turns
-        return [{"role": turn.role, "content": _parts(turn, waiting)} for turn in turns]
+        turns = turns if self._has_system_place else into_first_question(turns)
+        return [{"role": turn.role, "content": self._parts(turn, waiting)} for turn in turns]
+
+    def _parts(self, turn: Turn, images: Iterator[Image.Image]) -> list[dict[str, Any]]:
+        """The line breaks LLaVA's records put around a picture are dropped: each template has a habit of its own.
+
+        What processors do between template and tokenizer is theirs, so text that spells a token is parted instead.
+        """
+        first, *others = (self.special.spelt(text.strip()) for text in turn.between_pictures)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
+        for text in others:
+            parts += [{"type": "image", "image": next(images)}, {"type": "text", "text": text}]
+        return [part for part in parts if part["type"] == "image" or part["text"]]
 
     def _emptied(self, image: Image.Image) -> Image.Image:
         mean = getattr(self.processor.image_processor, "image_mean", None) or _MEAN_COLOUR
         return Image.new("RGB", image.size, tuple(round(255 * channel) for channel in mean))
-
-
-def _parts(turn: Turn, images: Iterator[Image.Image]) -> list[dict[str, Any]]:
-    """The line breaks LLaVA's records put around a picture are dropped: each template has a habit of its own."""
-    first, *others = turn.text.split(IMAGE_PLACE)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": first.strip()}]
-    for text in others:
-        parts += [{"type": "image", "image": next(images)}, {"type": "text", "text": text.strip()}]
-    return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
 def _first_line(error: Exception) -> str:

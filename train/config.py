@@ -69,6 +69,9 @@ class DataSection(Section):
 
     mixture: Path  # a mixture YAML: sources, weights, domains
     max_length: int = Field(2048, ge=8)  # tokens after image places are expanded; a longer sample stops the run by name
+    # what "</s>" and other special tokens are in the words of a turn: their characters (text) or the tokens; by default
+    # as the adapter started from has it, or else text. Kept with the adapter, for scoring and chat
+    special_tokens_in_text: Literal["text", "tokens"] | None = None
     workers: int = Field(2, ge=0)  # processes a rank that read and encode samples; 0 encodes in the training process
 
 
@@ -242,17 +245,20 @@ def renamed(values: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
     `align` was a stage, now `projector`, and the section of the stage `align_routers`, now `routers` both; every run of
     old wrote that section into its config.yaml, whatever its stage.
     """
-    stage = values.get("stage")
+    stage, hints = values.get("stage"), []
     new = import_module("train.stages").OLD_NAMES.get(stage, stage) if isinstance(stage, str) else stage
-    values = values | ({"stage": new} if new != stage else {})
+    values = dict(values, stage=new) if new != stage else dict(values)
+    if new != stage:
+        hints.append(f"stage {stage} is called {new} now")
     if "align" in values:
         section = values.pop("align")
-        values |= {"routers": section} if new == "routers" else {}
-    if new != stage and not quiet:
-        print(
-            f"stage {stage} is called {new} now" + (", and section align routers" if new == "routers" else ""),
-            file=sys.stderr,
-        )
+        if new == "routers" and isinstance(section, dict):
+            values["routers"] = section | (values.get("routers") or {})
+            hints.append("section align is called routers now")
+        else:
+            hints.append(f"section align means nothing in stage {new} and is left out")
+    if not quiet:
+        print(*hints, sep="\n", end="\n" if hints else "", file=sys.stderr)
     return values
 
 

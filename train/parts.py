@@ -112,6 +112,8 @@ def build_model(config: TrainConfig) -> tuple[PeftModel | LlavaForConditionalGen
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if config.data.special_tokens_in_text is not None:
+        processor.special_tokens_in_text = config.data.special_tokens_in_text
     return model, processor
 
 

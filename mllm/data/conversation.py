@@ -10,20 +10,31 @@ from mllm.data.images import missing_image
 from mllm.errors import UserError
 
 IMAGE_PLACE = "<image>"  # LLaVA's mark in a turn's text: the k-th mark is the place of the k-th picture
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. `text` holds `<image>` where a picture stands."""
+    """What one side says, or what is said to the model before they begin. `text` of a user holds `<image>` where a
+    picture stands.
+    """
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     text: str
+    pieces: tuple[str, ...] | None = None  # the text between its pictures, where `<image>` may also be a word of it
+    supervised: bool = True  # whether an answer is learnt; it is read as context in any case
+
+    @property
+    def between_pictures(self) -> tuple[str, ...]:
+        """Its text in one piece more than it has pictures."""
+        if self.pieces is not None:
+            return self.pieces
+        return tuple(self.text.split(IMAGE_PLACE)) if self.role == "user" else (self.text,)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that alternate user, assistant, user, … and the pictures they speak of.
+    """Turns that alternate user, assistant, user, … and the pictures they speak of. A system turn may go before.
 
     Read from a record it ends with an answer; one made by hand may end with a question, to be answered.
     """
@@ -37,6 +48,7 @@ class Conversation:
     answers: tuple[str, ...] = ()  # every accepted answer to the last question
     qtype: str | None = None
     where: str = "conversation"  # "file.json: row 12 (id …)", for messages
+    opening_dropped: bool = False  # whether the record began with an answer to nothing, which LLaVA drops
 
     @classmethod
     def from_record(
@@ -53,6 +65,8 @@ class Conversation:
         """Reads a LLaVA record: `{id, image?, conversations: [{from: human|gpt, value}], …}`.
 
         `messages: [{role, content}]` is read too; `image` is a path under `image_root`, a list of them, or absent.
+        A first turn may be the system's, or stand under the key `system`. A first turn of the assistant is dropped.
+        `loss: false` or `weight: 0` in an answer's turn leaves it out of what is learnt.
         `source`, `domain`, `metric`, `qtype` and `answers` are taken over where present, other keys are left alone.
 
         Args:
@@ -71,7 +85,7 @@ class Conversation:
         identity = str(record.get("id", ""))
         if identity:
             where = f"{where} (id {identity})"
-        turns = _read_turns(record, where)
+        turns, opening_dropped = _read_turns(record, where)
         images = _read_images(record, Path(image_root), where, allow_outside_root)
         _check_image_places(turns, len(images), where)
         if check_files:
@@ -89,70 +103,127 @@ class Conversation:
             answers=_read_answers(record, turns, where),
             qtype=_optional_text(record, "qtype", where),
             where=where,
+            opening_dropped=opening_dropped,
         )
 
     @property
     def question(self) -> str:
         """The last question, without its `<image>` marks."""
-        text = next(turn.text for turn in reversed(self.turns) if turn.role == "user")
-        return text.replace(IMAGE_PLACE, "").strip()
+        return self._questions()[-1]
+
+    @property
+    def first_question(self) -> str:
+        """Likewise."""
+        return self._questions()[0]
+
+    def _questions(self) -> list[str]:
+        return ["".join(turn.between_pictures).strip() for turn in self.turns if turn.role == "user"]
 
 
-def _read_turns(record: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+def _read_turns(record: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], bool]:
+    """The turns, and whether one of the assistant before them was dropped."""
     rows = record.get("conversations", record.get("messages"))
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{where}: expected `conversations`, a list of turns that is not empty, got {rows!r:.60}.")
-    turns = []
-    for number, row in enumerate(rows, 1):
-        turn = _read_turn(row, f"{where}, turn {number}")
-        expected = "assistant" if number % 2 == 0 else "user"
+    has_image_parts = _has_image_parts(rows)
+    turns = [_read_turn(row, f"{where}, turn {number}", has_image_parts) for number, row in enumerate(rows, 1)]
+    system = _read_system(record, turns, where)
+    begin = 1 if turns[0].role == "system" else 0
+    opening_dropped = len(turns) > begin + 1 and turns[begin].role == "assistant"
+    begin += opening_dropped
+    for number, turn in enumerate(turns[begin:], begin + 1):
+        expected = "assistant" if (number - begin) % 2 == 0 else "user"
+        if turn.role == "system":
+            raise UserError(f"{where}, turn {number}: a system turn goes before all others. Move it to the front.")
         if turn.role != expected:
             raise UserError(
                 f"{where}, turn {number}: expected a turn of {_names(expected)}, got one of {_names(turn.role)}. "
                 "Turns alternate and begin with the human's"
                 + (": the human turn before has no answer." if expected == "assistant" else ".")
             )
-        turns.append(turn)
-    if turns[-1].role == "user":
-        raise UserError(f"{where}, turn {len(turns)}: human turn without an answer. Add the answer or drop the turn.")
-    return tuple(turns)
+    if turns[-1].role != "assistant":
+        what = "human turn" if turns[-1].role == "user" else "system turn"
+        raise UserError(f"{where}, turn {len(turns)}: {what} without an answer. Add the answer or drop the turn.")
+    if not any(turn.supervised for turn in turns[begin:] if turn.role == "assistant"):
+        raise UserError(f"{where}: every answer is left out of the loss, so that nothing is learnt. Drop the row.")
+    return (*system, *turns[begin:]), opening_dropped
+
+
+def _read_system(record: Mapping[str, Any], turns: list[Turn], where: str) -> tuple[Turn, ...]:
+    """What is said to the model before the turns, from a turn or a key of the record; empty text says nothing."""
+    text = (_optional_text(record, "system", where) or "").strip()
+    if turns[0].role != "system":
+        return (Turn("system", text),) if text else ()
+    if text and text != turns[0].text:
+        raise UserError(f"{where}: a `system` key and a system turn that differ. Keep one of them.")
+    return (turns[0],) if turns[0].text else ()
 
 
 def _names(role: str) -> str:
     return " or ".join(repr(name) for name, meaning in ROLES.items() if meaning == role)
 
 
-def _read_turn(row: object, where: str) -> Turn:
+def _read_turn(row: object, where: str, has_image_parts: bool) -> Turn:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected {{from, value}}, got {row!r:.60}.")
-    role = row.get("from", row.get("role"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: expected `from` to be one of {', '.join(ROLES)}, got {role!r:.60}.")
-    text = _read_text(row.get("value", row.get("content")), where)
-    if ROLES[role] == "assistant" and IMAGE_PLACE in text:
-        raise UserError(f"{where}: {IMAGE_PLACE} stands in an answer; pictures belong to questions.")
-    if not text:
-        what = "empty answer" if ROLES[role] == "assistant" else "empty question"
+    name = row.get("from", row.get("role"))
+    if not isinstance(name, str) or name not in ROLES:
+        raise UserError(f"{where}: expected `from` to be one of {', '.join(ROLES)}, got {name!r:.60}.")
+    role, content = ROLES[name], row.get("value", row.get("content"))
+    pieces = _read_pieces(content, where)
+    text = IMAGE_PLACE.join(pieces)
+    has_pictures = len(pieces) > 1 or (IMAGE_PLACE in text and not has_image_parts)
+    if role != "user" and has_pictures:
+        what = "an answer" if role == "assistant" else "a system turn"
+        raise UserError(f"{where}: {IMAGE_PLACE} stands in {what}; pictures belong to questions.")
+    if not text and role != "system":
+        what = "empty answer" if role == "assistant" else "empty question"
         raise UserError(f"{where}: {what}. Give it text or drop the record.")
-    return Turn(ROLES[role], text)
+    is_plain = not has_image_parts or not any(IMAGE_PLACE in piece for piece in pieces)
+    return Turn(role, text, None if is_plain else pieces, _read_loss(row, role, where))
 
 
-def _read_text(value: object, where: str) -> str:
-    """A turn's text, from a string or from a list of `{type: text | image}` parts."""
+def _read_pieces(value: object, where: str) -> tuple[str, ...]:
+    """A turn's text between its `{type: image}` parts, from a string or from a list of `{type: text | image}` parts."""
     if isinstance(value, str):
-        return value.strip()
+        return (value.strip(),)
     if not isinstance(value, list):
         raise UserError(f"{where}: expected `value` to be text, got {type(value).__name__}.")
-    pieces = []
+    pieces = [""]
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
-            pieces.append(IMAGE_PLACE)
+            pieces.append("")
         elif kind == "text" and isinstance(part.get("text"), str):
-            pieces.append(part["text"])
+            pieces[-1] += part["text"]
         else:
             raise UserError(f"{where}: expected parts {{type: image}} and {{type: text, text: …}}, got {part!r:.60}.")
-    return "".join(pieces).strip()
+    pieces[0], pieces[-1] = pieces[0].lstrip(), pieces[-1].rstrip()
+    return tuple(pieces)
+
+
+def _has_image_parts(rows: list[Any]) -> bool:
+    """Whether a record says with parts where its pictures stand, so that `<image>` is a word like any other in it."""
+    contents = (row.get("value", row.get("content")) for row in rows if isinstance(row, Mapping))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def _read_loss(row: Mapping[str, Any], role: str, where: str) -> bool:
+    """Whether a turn is learnt: `loss` as true or false, or `weight` as 1 or 0. Only answers are."""
+    given = {key: row[key] for key in ("loss", "weight") if row.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(
+                f"{where}: `{key}` is {value!r:.60}; an answer is learnt or it is not (true or false, 1 or 0). "
+                "Give the record's source a weight in the mixture instead."
+            )
+    values = {bool(value) for value in given.values()}
+    if len(values) > 1:
+        raise UserError(f"{where}: `loss` and `weight` differ. Keep one of them.")
+    if role != "assistant" and True in values:
+        raise UserError(f"{where}: `{next(iter(given))}` asks to learn a turn of the {role}; only answers are learnt.")
+    return role != "assistant" or False not in values
 
 
 def _read_images(record: Mapping[str, Any], image_root: Path, where: str, allow_outside_root: bool) -> tuple[Path, ...]:
@@ -173,7 +244,7 @@ def _read_images(record: Mapping[str, Any], image_root: Path, where: str, allow_
 
 
 def _check_image_places(turns: tuple[Turn, ...], num_images: int, where: str) -> None:
-    num_places = sum(turn.text.count(IMAGE_PLACE) for turn in turns)
+    num_places = sum(len(turn.between_pictures) - 1 for turn in turns)
     if num_places > num_images:
         raise UserError(
             f"{where}: more {IMAGE_PLACE} marks ({num_places}) than pictures ({num_images}). "

@@ -1,6 +1,7 @@
 """A file of records as a sequence of conversations: LLaVA JSON (one list) or JSONL (one record a line)."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 
 from mllm.data.conversation import Conversation
 from mllm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Sequence[Conversation]):
@@ -51,6 +54,7 @@ class Source(Sequence[Conversation]):
             raise UserError(f"{self.path}: image root {self.image_root} is not a folder.")
         lines: list[bytes] = []
         rows: list[int] = []
+        opened_by_assistant: list[int] = []
         self.source_of_row: list[str] = []
         self.domain_of_row: list[str] = []
         for row, record in _read_records(self.path):
@@ -59,6 +63,13 @@ class Source(Sequence[Conversation]):
             self.domain_of_row.append(conversation.domain)
             lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
             rows.append(row)
+            if conversation.opening_dropped:
+                opened_by_assistant.append(row)
+        if opened_by_assistant:
+            logger.warning(
+                "%s: %d rows begin with a turn of the assistant, to no question, and lose it (the first: row %d)",
+                self.path, len(opened_by_assistant), opened_by_assistant[0],
+            )  # fmt: skip
         if not lines:
             raise UserError(f"{self.path}: no records. Expected a list of records, or one record a line.")
         self._bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mllm.errors import UserError
+from mllm.generate import WholeSettings, evaluating, sampling
 from mllm.moma.modeling import MomaForCausalLM
 from mllm.moma.processor import MomaProcessor
 
@@ -119,15 +121,8 @@ def draw(
         for start in range(0, len(captions), PROMPTS_AT_ONCE):
             opened = [processor.open_ids([caption]) for caption in captions[start : start + PROMPTS_AT_ONCE]]
             ids, mask = _left_padded([[*ids, processor.begin_image_id] for ids in opened], model.config.pad_token_id)
-            output = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                logits_processor=processors,
-                min_new_tokens=num_codes,
-                max_new_tokens=num_codes,
-                **_sampling(temperature, top_k),
-                **_guidance(guidance, processor, rows=len(ids), device=model.device),
-            )
+            settings = {"min_new_tokens": num_codes, "max_new_tokens": num_codes} | sampling(temperature, top_k)
+            output = _generate(model, ids, mask, processors, settings | _guidance(guidance, processor, rows=len(ids)))
             codes_NP = output[:, ids.shape[1] :] - processor.image_token_start
             pictures += processor.image_tokenizer.decode(codes_NP)
     return pictures
@@ -147,30 +142,37 @@ def describe(
     for start in tqdm(starts, unit=" batches", desc="describing", disable=not progress):
         codes_NP = processor.image_tokenizer.encode(pictures[start : start + PROMPTS_AT_ONCE])
         ids = torch.tensor([processor.open_ids([codes_P]) for codes_P in codes_NP], device=model.device)
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            logits_processor=LogitsProcessorList([WholePictures(processor, may_begin=False)]),
-            min_new_tokens=1,  # of a model that also knows documents of a picture alone, a word is asked all the same
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
+        # Of a model that also knows documents of a picture alone, a word is asked all the same.
+        settings = {"min_new_tokens": 1, "max_new_tokens": max_new_tokens} | sampling(0)
+        whole = LogitsProcessorList([WholePictures(processor, may_begin=False)])
+        output = _generate(model, ids, torch.ones_like(ids), whole, settings)
         texts += [processor.text(row) for row in output[:, ids.shape[1] :]]
     return texts
 
 
-def _sampling(temperature: float, top_k: int) -> dict[str, object]:
-    if temperature < 0:
-        raise UserError(f"temperature is 0 or more, got {temperature}.")
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+def _generate(
+    model: MomaForCausalLM, ids: Tensor, mask: Tensor, processors: LogitsProcessorList, settings: dict[str, Any]
+) -> Tensor:
+    """By these settings alone; of the folder's own generation config nothing is taken."""
+    config = model.config
+    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    without = {key: settings.pop(key).to(model.device) for key in ("negative_prompt_ids",) if key in settings}
+    with evaluating(model):
+        return model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=processors,
+            generation_config=WholeSettings(**settings, **ends),
+            **without,
+        )
 
 
-def _guidance(weight: float, processor: MomaProcessor, *, rows: int, device: torch.device) -> dict[str, object]:
-    """The options that let a picture without a caption count against; none at weight 1."""
+def _guidance(weight: float, processor: MomaProcessor, *, rows: int) -> dict[str, Any]:
+    """What lets a picture without a caption count against; nothing at weight 1."""
     if weight == 1:
         return {}
     bare = [[processor.tokenizer.bos_token_id, processor.begin_image_id]] * rows
-    return {"guidance_scale": weight, "negative_prompt_ids": torch.tensor(bare, device=device)}
+    return {"guidance_scale": weight, "negative_prompt_ids": torch.tensor(bare)}
 
 
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

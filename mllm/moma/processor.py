@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mllm.data.special_tokens import Reply, SpecialTokens
 from mllm.errors import UserError
 from mllm.moma.config import MomaConfig
 from mllm.moma.image_tokens import ImageTokenizer
@@ -36,6 +37,8 @@ class MomaProcessor:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise UserError("The text tokenizer needs a begin and an end of sequence (bos_token, eos_token); set both.")
         self.tokenizer, self.image_tokenizer = tokenizer, image_tokenizer
+        self._special = SpecialTokens(tokenizer)
+        self._reply = Reply(tokenizer, self._special.hidden())
         self.num_words = num_words or len(tokenizer)
         self.begin_image_id, self.end_image_id = self.num_words, self.num_words + 1
         self.image_token_start = self.num_words + 2
@@ -77,8 +80,8 @@ class MomaProcessor:
         return [self.begin_image_id, *(codes_P + self.image_token_start).tolist(), self.end_image_id]
 
     def text_ids(self, text: str) -> list[int]:
-        """Text without begin and end of sequence."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Text without begin and end of sequence, and without any that the text spells: "</s>" is four characters."""
+        return self._special.text_ids(text)
 
     def open_ids(self, parts: Sequence[Part]) -> list[int]:
         """A document from its beginning, to go on with."""
@@ -96,7 +99,7 @@ class MomaProcessor:
 
     def text(self, ids: Tensor) -> str:
         """The words among ids."""
-        return self.tokenizer.decode(ids[ids < self.num_words], skip_special_tokens=True).strip()
+        return self._reply.decode(ids[ids < self.num_words]).strip()
 
     # -- folders -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import urllib.request
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -189,3 +190,12 @@ def test_a_taken_port_is_named(served):
     port = int(served.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"port {port}.*--port"):
         launch(build_app(Scripted(), model="tiny"), port=port)
+
+
+def test_the_chat_tells_what_it_does_not_follow_of_a_checkpoints_settings(tmp_path, monkeypatch, capsys):
+    folder = write_tiny_llava(tmp_path)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.3, "eos_token_id": [1]}')
+    monkeypatch.setattr("demo.__main__.launch", lambda app, **_: "here")
+    monkeypatch.setattr("demo.__main__.build_app", lambda session, **_: SimpleNamespace(block_thread=lambda: None))
+    assert main(["--model", str(folder), "--device", "cpu"]) == 0
+    assert "only eos_token_id is kept, not do_sample True, temperature 0.3." in capsys.readouterr().out

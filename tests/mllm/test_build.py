@@ -171,6 +171,12 @@ def test_text_models_own_template_is_made_to_take_images():
     assert processor.apply_chat_template(ANSWERED) == "[user|<image>\nWhat colour?][assistant|red]"
 
 
+def test_a_template_whose_prompt_is_not_how_its_training_text_begins_is_refused_when_built():
+    bad = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}BOT:{% endif %}"
+    with pytest.raises(UserError, match="generation prompt is not how a turn of the assistant begins"):
+        build(tiny_tower(), tiny_language_model(), tokenizer=tiny_tokenizer(), chat_template=bad)
+
+
 def test_template_that_loses_the_answer_is_refused():
     with pytest.raises(UserError, match="chat template"):
         build(
@@ -348,6 +354,15 @@ def test_adapter_trained_with_another_template_is_refused(folder, tmp_path):
     (tmp_path / "base.json").write_text(json.dumps(card | {"chat_template_sha": "another"}))
     with pytest.raises(UserError, match="chat template"):
         load(folder, adapter=tmp_path)
+
+
+def test_an_adapter_brings_back_how_special_tokens_in_text_were_read(folder, tmp_path):
+    model, processor = load(folder)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    adapted.save_pretrained(tmp_path)
+    processor.special_tokens_in_text = "tokens"
+    write_base_card(tmp_path, adapted, folder, processor)
+    assert load(folder, adapter=tmp_path)[1].special_tokens_in_text == "tokens"
 
 
 def test_adapter_without_a_card_that_does_not_fit_names_both_bases(folder, tmp_path):

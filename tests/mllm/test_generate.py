@@ -1,15 +1,18 @@
 """Answering question sets and streaming chat, under a tiny LLaVA with random weights."""
 
+import copy
 import threading
 
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import GenerationConfig
 
 from mllm.data.conversation import Conversation, Turn
+from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
-from mllm.generate import THREAD_NAME, answer, stream
+from mllm.generate import THREAD_NAME, WholeSettings, answer, set_aside, stream
 from mllm.mole import MoleConfig, routing_context
 from mllm.routing.stats import RoutingStats
 from tests.tiny import tiny_image, tiny_llava
@@ -97,8 +100,8 @@ def test_the_answer_of_the_row_does_not_change_the_reply(llava, conversations):
 def test_a_reply_ends_at_the_end_token(llava, conversations, monkeypatch):
     model, processor = llava
     ids = []
-    decode = processor.batch_decode
-    monkeypatch.setattr(processor, "batch_decode", lambda new, **options: ids.append(new) or decode(new, **options))
+    decode = Reply.decode
+    monkeypatch.setattr(Reply, "decode", lambda self, new: ids.append([new]) or decode(self, new))
     answer(model, processor, conversations[:1], max_new_tokens=8, progress=False)
     new = ids[0][0].tolist()
     end = next(position for position in range(1, 8) if new[position] not in new[:position])
@@ -112,6 +115,66 @@ def test_a_checkpoints_own_sampling_habits_do_not_reach_the_replies(llava, conve
     for name, value in {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 2}.items():
         monkeypatch.setattr(llava[0].generation_config, name, value)
     assert answer(*llava, conversations, max_new_tokens=8, progress=False) == greedy
+
+
+# A value for every field of a generation config that changes replies, or ends a run, if it comes through.
+HABITS = {
+        "suppress_tokens": list(range(5, 300)), "begin_suppress_tokens": list(range(5, 300)), "bad_words_ids": [[60]],
+        "sequence_bias": [[[60], 99.0]], "exponential_decay_length_penalty": (0, 50.0), "guidance_scale": 3.0,
+        "encoder_repetition_penalty": 5.0, "stop_strings": ["e"], "prompt_lookup_num_tokens": 3, "min_length": 200,
+        "forced_bos_token_id": 7, "forced_eos_token_id": 7, "no_repeat_ngram_size": 1, "num_return_sequences": 2,
+        "return_dict_in_generate": True, "output_scores": True, "penalty_alpha": 0.6, "token_healing": True,
+        "dola_layers": "low", "max_time": 1e-9, "cache_implementation": "static", "watermarking_config": {"bias": 9.0},
+        "renormalize_logits": True, "low_memory": True, "something_of_its_own": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", HABITS)
+def test_no_field_of_a_checkpoints_generation_config_reaches_scoring_or_chat(llava, conversations, monkeypatch, field):
+    def replies():
+        return answer(*llava, conversations[:2], max_new_tokens=4, progress=False), list(chat(llava, max_new_tokens=4))
+
+    plain = replies()
+    monkeypatch.setattr(llava[0].generation_config, field, HABITS[field], raising=False)
+    assert replies() == plain
+
+
+def test_of_all_fields_that_transformers_knows_only_those_listed_are_kept(llava):
+    model = copy.copy(llava[0])
+    settings = WholeSettings(max_new_tokens=4, eos_token_id=[1], pad_token_id=2, do_sample=False)
+    model.generation_config = GenerationConfig()
+    expected, _ = model._prepare_generation_config(settings)
+    for name, value in GenerationConfig().to_dict().items():
+        if value is None or isinstance(value, bool | int | float):
+            setattr(model.generation_config, name, 0.5)
+    found, passed_on = model._prepare_generation_config(settings)
+    assert found.to_dict() == expected.to_dict()
+    assert passed_on == {}
+
+
+def test_what_a_checkpoint_is_not_followed_in_is_listed(llava, monkeypatch):
+    assert set_aside(llava[0]) == {}
+    monkeypatch.setattr(llava[0].generation_config, "top_p", 0.4)
+    assert set_aside(llava[0]) == {"top_p": 0.4}
+
+
+def test_a_reply_made_of_special_tokens_is_read_in_scoring_and_chat(monkeypatch):
+    model, processor = tiny_llava()
+    processor.tokenizer.add_tokens(["<loc1>", "yes"], special_tokens=True)
+    said = processor.tokenizer("<loc1> yes</s>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    def say(**inputs):
+        if "streamer" in inputs:
+            inputs["streamer"].put(inputs["input_ids"])
+            for id in said[0]:
+                inputs["streamer"].put(id[None])
+            inputs["streamer"].end()
+        return torch.cat([inputs["input_ids"], said], 1)
+
+    monkeypatch.setattr(model, "generate", say)
+    asked = [Conversation(id="1", turns=(Turn("user", "Where?"),))]
+    assert answer(model, processor, asked, progress=False) == ["<loc1> yes"]
+    assert "".join(chat((model, processor))) == "<loc1> yes"
 
 
 def test_blank_pictures_are_the_mean_colour_and_nothing_else_changes(llava, conversations, monkeypatch):
@@ -291,3 +354,29 @@ def test_marks_and_pictures_that_differ_in_number_are_refused(llava):
 def test_a_chat_longer_than_the_model_holds_is_refused(llava):
     with pytest.raises(UserError, match="the model holds 512"):
         list(chat(llava, messages=[{"role": "user", "content": "<image>" + "many words " * 600}]))
+
+
+def test_a_picture_mark_in_parts_or_in_an_answer_is_a_word(llava):
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is <image>?"}]},
+            {"role": "assistant", "content": "<image> is a mark"}, {"role": "user", "content": "Why?"}]  # fmt: skip
+    assert "".join(chat(llava, messages=said))
+
+
+def test_no_part_of_a_model_in_training_drops_out_while_it_streams(llava):
+    model = llava[0]
+    model.train()
+    model.model.vision_tower.eval()  # frozen parts may be in evaluation all the time
+    before = [module.training for module in model.modules()]
+    try:
+        pieces = chat(llava)
+        next(pieces)
+        assert not any(module.training for module in model.modules())
+        pieces.close()
+        assert [module.training for module in model.modules()] == before
+    finally:
+        model.eval()
+
+
+def test_a_temperature_below_zero_is_refused(llava):
+    with pytest.raises(UserError, match="temperature is 0 or more, got -1"):
+        list(chat(llava, temperature=-1))

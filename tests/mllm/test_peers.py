@@ -72,6 +72,23 @@ def test_the_prompt_is_what_the_models_own_processor_makes_of_the_chat(peer, row
         assert torch.equal(ours[key], values), key
 
 
+def test_special_tokens_in_a_question_to_a_peer_are_not_the_tokens(peer):
+    tokenizer = peer[1].tokenizer
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    asked, plain = (
+        PeerPrompts(peer[1])([Conversation(id="", turns=(Turn("user", text, pieces=(text,)),))])["input_ids"][0]
+        for text in (" ".join(["Hello", *special]), "Hello")
+    )
+    ids = set(tokenizer.convert_tokens_to_ids(special))
+    assert [id for id in asked.tolist() if id in ids] == [id for id in plain.tolist() if id in ids]
+
+
+def test_a_peer_hears_what_the_system_says(peer):
+    turns = (Turn("system", "Be brief."), Turn("user", "Hello?"))
+    ids = PeerPrompts(peer[1])([Conversation(id="", turns=turns)])["input_ids"][0]
+    assert "Be brief." in peer[1].tokenizer.decode(ids)
+
+
 def test_blanking_changes_the_pixels_and_no_token(peer, rows):
     seen, blanked = (PeerPrompts(peer[1])(rows, blank=blank) for blank in (False, True))
     assert torch.equal(seen["input_ids"], blanked["input_ids"])

@@ -1,5 +1,7 @@
 """What is trained, in which part, at which rate; and the folder it is saved to."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -43,6 +45,12 @@ def test_a_part_takes_its_own_rate_and_biases_are_not_decayed(folder):
     assert {group["lr"] for group in groups if group["part"] != "router"} == {1e-2}
     for group in groups:
         assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.1}
+
+
+def test_how_special_tokens_in_text_are_read_is_noted_for_the_adapter(folder):
+    config = load(folder, "data.special_tokens_in_text=tokens")
+    model, processor = build_model(config)
+    assert json.loads(base_card(model, config.model.path, processor))["special_tokens_in_text"] == "tokens"
 
 
 def test_trained_weights_are_fp32_and_the_frozen_base_is_in_the_dtype_asked_for(folder):

@@ -37,7 +37,9 @@ def test_old_names_of_stages_sections_and_configs_are_taken_with_a_hint(tmp_path
     (tmp_path / "c.yaml").write_text(text + "align: {layers: 2}\n")
     config = load_config(tmp_path / "c.yaml")
     assert (config.stage, config.routers.layers) == ("routers", 2)
-    assert "stage align_routers is called routers now" in capsys.readouterr().err
+    hints = capsys.readouterr().err
+    assert "stage align_routers is called routers now" in hints
+    assert "section align is called routers now" in hints
     assert load_config("align", ["run.output_dir=out"]).stage == "projector"
     assert load_config("train/configs/align_routers.yaml").stage == "routers"
 

@@ -58,7 +58,8 @@ class StudyRows:
 def _plain(row: Conversation) -> list[Any]:
     """A row by its words, its domain and its pictures' names and sizes."""
     pictures = [(path.name, path.stat().st_size) for path in row.images]
-    return [[(turn.role, turn.text) for turn in row.turns], row.domain, row.source, pictures]
+    turns = [(turn.role, turn.text, *(() if turn.supervised else ("not learnt",))) for turn in row.turns]
+    return [turns, row.domain, row.source, pictures]
 
 
 def read_rows(section: DataSection, *, with_twice: bool) -> StudyRows:

@@ -179,7 +179,8 @@ def open_run(config: Config, mixture: Mixture) -> AlignmentRun:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     conversations = [*taken, *held_out]
     data = EncodedRows(conversations, processor, min(config.data.max_length, positions))
-    made_of = [stamp(resolve(config.model.path), config.model.start_from), config.model.dtype]
+    in_text = getattr(processor, "special_tokens_in_text", "text")
+    made_of = [stamp(resolve(config.model.path), config.model.start_from), config.model.dtype, in_text]
     return AlignmentRun(config, model, processor, conversations, len(taken), data, digest(made_of))
 
 

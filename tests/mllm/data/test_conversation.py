@@ -108,3 +108,72 @@ def test_missing_picture_passes_when_files_are_not_checked(root):
 def test_path_outside_the_root_passes_when_allowed(root):
     data = record("<image>", "x", image=str(root / "red.png"))
     assert read(data, Path("/nowhere"), allow_outside_root=True).images == (root / "red.png",)
+
+
+def messages(*turns, **keys):
+    """A record of (role, content) turns, or of turns as they are."""
+    return {"messages": [turn if isinstance(turn, dict) else dict(zip(("role", "content"), turn, strict=True))
+                         for turn in turns], **keys}  # fmt: skip
+
+
+ASKED, ANSWERED = ("user", "Sky?"), ("assistant", "blue")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [messages(("system", "Be brief."), ASKED, ANSWERED), messages(ASKED, ANSWERED, system="Be brief."),
+     messages(("system", "Be brief."), ASKED, ANSWERED, system="Be brief."),
+     {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Sky?"},
+                        {"from": "gpt", "value": "blue"}]}],
+    ids=["turn", "key", "both alike", "llava"],
+)  # fmt: skip
+def test_what_the_system_says_is_the_first_turn(data, root):
+    assert read(data, root).turns == (Turn("system", "Be brief."), Turn("user", "Sky?"), Turn("assistant", "blue"))
+
+
+def test_an_empty_system_turn_says_nothing(root):
+    assert read(messages(("system", " "), ASKED, ANSWERED), root).turns[0].role == "user"
+
+
+@pytest.mark.parametrize("system", [(), (("system", "Be brief."),)], ids=["alone", "after a system turn"])
+def test_an_answer_before_the_first_question_is_dropped(system, root):
+    data = read(messages(*system, ("assistant", "Welcome!"), ASKED, ANSWERED), root)
+    assert data.opening_dropped
+    assert [turn.role for turn in data.turns] == ["system"] * len(system) + ["user", "assistant"]
+
+
+@pytest.mark.parametrize("key", [{"loss": False}, {"weight": 0}])
+def test_an_answer_can_be_left_out_of_the_loss(key, root):
+    unlearnt = {"role": "assistant", "content": "red", **key}
+    turns = read(messages(ASKED, unlearnt, ASKED, {"role": "assistant", "content": "blue", "loss": True}), root).turns
+    assert [turn.supervised for turn in turns if turn.role == "assistant"] == [False, True]
+
+
+def test_with_parts_for_pictures_the_mark_is_a_word_of_the_text(root):
+    parts = [{"type": "image"}, {"type": "text", "text": "What does <image> mean in LLaVA?"}]
+    data = read(messages(("user", parts), ANSWERED, image="red.png"), root)
+    assert data.turns[0].between_pictures == ("", "What does <image> mean in LLaVA?")
+    assert data.question == "What does <image> mean in LLaVA?"
+
+
+BAD_TURNS = {
+    "system turn in the middle": (messages(ASKED, ANSWERED, ("system", "x")), "turn 3: a system turn goes before"),
+    "system turn alone": (messages(("system", "x")), "turn 1: system turn without an answer"),
+    "two that differ": (messages(("system", "x"), ASKED, ANSWERED, system="y"), "a `system` key and a system turn"),
+    "picture in a system turn": (messages(("system", "<image>"), ASKED, ANSWERED), "stands in a system turn"),
+    "half a weight": (messages(ASKED, {"role": "assistant", "content": "x", "weight": 0.5}), "`weight` is 0.5"),
+    "loss as text": (messages(ASKED, {"role": "assistant", "content": "x", "loss": "no"}), "`loss` is 'no'"),
+    "loss and weight differ": (
+        messages(ASKED, {"role": "assistant", "content": "x", "loss": True, "weight": 0}), "and `weight` differ"),
+    "question to be learnt": (
+        messages({"role": "user", "content": "x", "loss": True}, ANSWERED), "`loss` asks to learn a turn of the user"),
+    "nothing learnt": (
+        messages(ASKED, {"role": "assistant", "content": "x", "loss": False}), "every answer is left out of the loss"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TURNS)
+def test_a_turn_that_cannot_be_is_named_by_row(name, root):
+    data, message = BAD_TURNS[name]
+    with pytest.raises(UserError, match=rf"data\.json: row 7.*{message}"):
+        read(data, root)

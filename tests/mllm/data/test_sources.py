@@ -87,3 +87,11 @@ def test_missing_file_and_missing_root_are_named(tmp_path):
         Source(tmp_path / "none.json")
     with pytest.raises(UserError, match="image root nowhere is not a folder"):
         Source(tmp_path / "none.json", image_root="nowhere")
+
+
+def test_rows_that_begin_with_an_answer_are_counted_when_the_file_is_opened(tmp_path, caplog):
+    turns = [{"from": name, "value": "x"} for name in ("gpt", "human", "gpt")]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}, {"conversations": turns[1:]}]))
+    source = Source(tmp_path / "rows.json")
+    assert "rows.json: 1 rows begin with a turn of the assistant" in caplog.text
+    assert [len(row.turns) for row in source] == [2, 2]

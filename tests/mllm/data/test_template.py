@@ -227,3 +227,126 @@ def test_show_marks_the_supervised_span_and_collapses_image_tokens(encoder, conv
     assert [shown.plain[span.start : span.end] for span in shown.spans if "green" in str(span.style)] == [" red</s>"]
     assert "9 of them image" in shown.plain
     assert "'</s>' supervised" in shown.plain
+
+
+# -- words that spell control ------------------------------------------------------------------------------------------
+
+marks = st.sampled_from(["</s>", "<s>", "<pad>", "<image>", "<|end|>", "<|start|>", "assistant", "\n", " ", "red"])
+hostile = st.lists(marks, min_size=1, max_size=6).map("".join).map(str.strip).filter(len)
+
+
+@every_template
+@given(st.lists(hostile, min_size=1, max_size=3), st.data())
+@settings(max_examples=30, deadline=None)
+def test_turns_that_spell_control_tokens_write_none(encoder, answers, data):
+    questions = data.draw(st.lists(hostile, min_size=len(answers), max_size=len(answers)))
+
+    def encoded(questions, answers):
+        sides = zip(questions, answers, strict=True)
+        turns = [turn for q, a in sides for turn in (Turn("user", q, pieces=(q,)), Turn("assistant", a))]
+        return encoder.encode(Conversation(id="", turns=(Turn("system", questions[0]), *turns)))
+
+    sample, plain = encoded(questions, answers), encoded(["red"] * len(answers), ["red"] * len(answers))
+    control = encoder.template.special.control.keys()
+    written, expected = ([id for id in each["input_ids"].tolist() if id in control] for each in (sample, plain))
+    assert written == expected
+    ends = sample["labels"] == encoder.stop_token_id
+    assert ends.sum() == len(answers)
+    supervised = supervised_text(encoder, sample)
+    assert supervised.replace(" ", "") == "".join(a + encoder.template.closing for a in answers).replace(" ", "")
+
+
+def test_the_old_way_is_there_for_who_wants_it(conversation):
+    _, processor = tiny_llava()
+    turns = conversation("Hello?", "a</s>b")
+    count = [
+        (ConversationEncoder(processor, special_tokens_in_text=way).encode(turns)["labels"] == 1).sum()
+        for way in ("text", "tokens")
+    ]
+    assert count == [1, 2]
+
+
+def test_the_way_that_the_processor_was_trained_in_is_its_default(conversation):
+    _, processor = tiny_llava()
+    processor.special_tokens_in_text = "tokens"
+    assert (ConversationEncoder(processor).encode(conversation("Hello?", "a</s>b"))["labels"] == 1).sum() == 2
+
+
+def test_a_question_that_names_a_special_token_of_the_vocabulary_is_told_once(conversation, caplog):
+    _, processor = tiny_llava()
+    processor.tokenizer.add_tokens(["<loc1>"], special_tokens=True)
+    encoder = ConversationEncoder(processor)
+    for _ in range(2):
+        encoder.encode(conversation("What is at <loc1>?", "that"))
+    assert caplog.text.count("row 7: <loc1> in a question is read letter by letter") == 1
+
+
+# -- system turns, and answers that are not learnt ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ours", "Be brief. USER: One? ASSISTANT: "),
+        ("chatml", "<s><|start|>system\nBe brief.<|end|>\n<|start|>user\nOne?<|end|>\n<|start|>assistant\n"),
+        ("inst", "[INST] Be brief.\nOne? [/INST] "),  # takes who is not the user for the assistant
+    ],
+)
+def test_a_system_turn_goes_where_the_template_has_a_place_or_before_the_first_question(name, expected):
+    turns = (Turn("system", "Be brief."), Turn("user", "One?"), Turn("assistant", "yes"))
+    sample = ENCODERS[name].encode(Conversation(id="", turns=turns))
+    assert decode(ENCODERS[name], sample["input_ids"]).startswith(expected + "yes")
+    assert supervised_text(ENCODERS[name], sample).strip().startswith("yes")
+
+
+def test_a_template_that_refuses_system_turns_gets_their_text_before_the_first_question(processor):
+    strict = copy.copy(processor)
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
+        processor.chat_template
+    )
+    turns = (Turn("system", "Be brief."), Turn("user", "<image>\nOne?"))
+    segments = ChatTemplate(strict).segments(turns, where="")
+    assert "".join(segment.text for segment in segments) == "USER: Be brief.\n<image>\nOne? ASSISTANT:"
+
+
+def test_an_answer_that_is_not_learnt_has_no_label_and_the_same_ids(encoder):
+    def encoded(supervised):
+        turns = (Turn("user", "One?"), Turn("assistant", "yes", supervised=supervised),
+                 Turn("user", "Two?"), Turn("assistant", "no"))  # fmt: skip
+        return encoder.encode(Conversation(id="", turns=turns))
+
+    assert torch.equal(encoded(False)["input_ids"], encoded(True)["input_ids"])
+    assert supervised_text(encoder, encoded(False)) == " no</s>"
+
+
+# -- prompts are how training texts begin ------------------------------------------------------------------------------
+
+BLANK_IN_BOTH = (
+    "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+BLANK_IN_PROMPT = BLANK_IN_BOTH.replace("+ ': ' +", "+ ':' +")
+
+
+@pytest.mark.parametrize("template", [BLANK_IN_BOTH, BLANK_IN_PROMPT], ids=["both", "prompt only"])
+@pytest.mark.parametrize("answer", ["red", "7", "(a)", "é", "</s>"])
+def test_a_blank_at_the_end_of_the_prompt_is_left_to_the_answer(template, answer):
+    encoder = make_encoder(template)
+    row = Conversation(id="", turns=(Turn("user", "Which?"), Turn("assistant", answer)))
+    sample, prompt = encoder.encode(row), encoder.encode_prompt(row)
+    length = len(prompt["input_ids"])
+    assert torch.equal(sample["input_ids"][:length], prompt["input_ids"])
+    assert (sample["labels"][length:] != IGNORED).all()
+    assert decode(encoder, prompt["input_ids"]).endswith("ASSISTANT:")
+
+
+def test_a_prompt_whose_last_token_joins_the_answer_is_refused_when_the_encoder_is_made(processor):
+    joined = copy.copy(processor)
+    joined.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
+    )
+    joined.tokenizer = copy.deepcopy(processor.tokenizer)
+    joined.tokenizer.add_tokens(["ared"])
+    with pytest.raises(UserError, match="not made of the tokens with which its training text begins"):
+        ConversationEncoder(joined)

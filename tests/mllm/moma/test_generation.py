@@ -112,6 +112,24 @@ def test_a_model_that_would_rather_end_after_a_picture_says_a_word_first(model, 
     assert all(len(text.split()) == 1 for text in texts)
 
 
+def test_nothing_of_a_folders_generation_config_reaches_pictures_and_descriptions(model, processor, monkeypatch):
+    def made():
+        drawn = draw(model, processor, ["red circle"])[0].tobytes()
+        return drawn, describe(model, processor, PICTURES, max_new_tokens=4)
+
+    plain = made()
+    first = processor.image_token_start
+    for name, value in {"top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0, "suppress_tokens": [5, first]}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert made() == plain
+
+
+def test_words_that_spell_the_end_of_a_document_do_not_end_it(processor):
+    ids = processor.document_ids(["red </s> circle <s>"])
+    assert ids.count(processor.tokenizer.eos_token_id) == ids.count(processor.tokenizer.bos_token_id) == 1
+    assert processor.text(torch.tensor(ids)) == "red </s> circle <s>"
+
+
 def test_it_is_refused_where_experts_choose_over_the_batch(processor):
     model = tiny_model(processor)
     model.set_evaluation_routing("batch_leaky")
