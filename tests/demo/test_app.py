@@ -195,7 +195,7 @@ def test_a_taken_port_is_named(served):
 def test_the_chat_tells_what_it_does_not_follow_of_a_checkpoints_settings(tmp_path, monkeypatch, capsys):
     folder = write_tiny_llava(tmp_path)
     (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.3, "eos_token_id": [1]}')
-    monkeypatch.setattr("demo.__main__.launch", lambda app, **_: "here")
-    monkeypatch.setattr("demo.__main__.build_app", lambda session, **_: SimpleNamespace(block_thread=lambda: None))
+    monkeypatch.setattr("demo.app.launch", lambda app, **_: "here")
+    monkeypatch.setattr("demo.app.build_app", lambda session, **_: SimpleNamespace(block_thread=lambda: None))
     assert main(["--model", str(folder), "--device", "cpu"]) == 0
     assert "only eos_token_id is kept, not do_sample True, temperature 0.3." in capsys.readouterr().out
