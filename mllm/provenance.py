@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "open_clip_torch")
-PRODUCT = "mllm"
+PRODUCT = "mllm-experts"  # the name in pyproject.toml
 PACKAGE = Path(__file__).resolve().parent
 
 

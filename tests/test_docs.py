@@ -142,8 +142,8 @@ def test_every_switch_of_routing_stands_in_the_table_with_its_default():
 
 
 def test_the_quickstart_table_is_the_committed_result():
-    """Each score in the table between the marks is that of benchmarks/results/quickstart/report.json, rounded."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "quickstart" / "report.json").read_text())
+    """Each score in the table between the marks is that of studies/results/quickstart/report.json, rounded."""
+    report = json.loads((ROOT / "studies" / "results" / "quickstart" / "report.json").read_text())
     page = PAGES["docs/results/quickstart.md"]
     table = page.split("<!-- quickstart -->")[1].split("<!-- /quickstart -->")[0]
     for arm in report["arms"].values():
