@@ -96,7 +96,7 @@ def test_without_a_cache_the_routers_are_the_same(finished, tmp_path):
         f"run.output_dir={tmp_path}/run",
     ]
     run_stage(finished / "config.yaml", *overrides)
-    two, other = (load_file(f / "routers" / "router_adapter.safetensors") for f in (finished / "run", tmp_path / "r"))
+    two, other = (load_file(f / "routers" / "router_adapter.safetensors") for f in (finished / "run", tmp_path / "run"))
     for name, weight in two.items():
         torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-4)
 
