@@ -8,6 +8,7 @@ all of them, image statistics and chat template included.
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from difflib import get_close_matches
 from importlib import resources
@@ -18,7 +19,9 @@ import open_clip
 import torch
 from accelerate import init_empty_weights
 from jinja2.exceptions import TemplateError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -39,6 +42,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.errors import UserError
+from mllm.identity import base_module, base_samples, check_start_keeps_base, difference, to_card
 from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
 
@@ -109,7 +113,8 @@ def build(
         dtype: of the whole model; by default the language model's.
 
     Raises:
-        UserError: a part cannot be found, has no safetensors weights or no fast tokenizer, or cannot be held by LLaVA.
+        UserError: a part cannot be found, has no safetensors weights or no fast tokenizer, cannot be held by LLaVA, or
+            the whole cannot read a picture and go on from it.
     """
     language_model_name = (
         str(language_model) if isinstance(language_model, str | Path) else type(language_model).__name__
@@ -132,6 +137,7 @@ def build(
     processor = _make_processor(vision_tower.config, tokenizer, strategy, chat_template, resize_mode)
     model = _join(vision_tower, language_model, processor, vision_feature_layer, dtype)
     _check_logits(model, language_model, language_model_name)
+    _check_sees(model, processor, language_model_name)
     return model.eval(), processor
 
 
@@ -153,8 +159,8 @@ def load(
         is_trainable: whether the adapter's weights shall go on training.
 
     Raises:
-        UserError: there is no such checkpoint or adapter, it is not a LLaVA, weights are missing in it, or the adapter
-            was trained on another base.
+        UserError: there is no such checkpoint or adapter, it is not a LLaVA, weights are missing in it or left over, or
+            the adapter was trained on another base.
     """
     source = resolve(path)
     config = _load_config(source, path)
@@ -167,6 +173,8 @@ def load(
     model = _load_model(source, path, dtype, device)
     if model.config.text_config.pad_token_id is None:
         model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
+    # Kept for the cards of adapters trained from here on: an adapter loaded now may replace some of these weights.
+    model.base_as_read = (str(path), base_samples(model))
     if adapter is not None:
         model = _load_adapter(model, processor, Path(adapter), path, is_trainable)
     return model, processor
@@ -191,7 +199,8 @@ def fingerprint(model: PreTrainedModel | PeftModel, *, with_projector: bool = Fa
     ]
     digest = hashlib.sha256(json.dumps(sizes).encode())
     projector = base.model.multi_modal_projector.parameters() if with_projector else ()
-    for weight in (base.get_input_embeddings().weight, next(base.model.vision_tower.parameters()), *projector):
+    embedding = base_module(base.get_input_embeddings()).weight
+    for weight in (embedding, next(base.model.vision_tower.parameters()), *projector):
         if weight.is_meta or weight.numel() == 0:
             raise ValueError("fingerprint needs whole weights in this process; gather partitioned ones first.")
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 4096)]
@@ -207,12 +216,17 @@ def write_base_card(
 ) -> None:
     """Writes into an adapter folder which base it was trained on (`base.json`); `load` refuses another one.
 
+    A model that `load` read from `base_path` is known as it was read, before an adapter replaced anything; of any other
+    model the base's weights are taken as they are, so write the card before they are trained.
     `processor` is the one trained with; by default that of the base.
     """
     processor = processor or load_processor(base_path)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    read_from, samples = getattr(base, "base_as_read", (None, None))
     card = {
         "base": str(base_path),
         "fingerprint": fingerprint(model),
+        "parts": to_card(samples if read_from == str(base_path) else base_samples(model)),
         "chat_template_sha": _sha(processor.chat_template),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -283,11 +297,33 @@ def _create_clip(name: str, pretrained: str | None) -> tuple[nn.Module, dict[str
 
 def _load_language_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"Could not read a causal language model from {str(name)!r}: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"Could not read a causal language model from {str(name)!r}: {_in_a_line(error)}") from error
+    _check_keys(f"The language model {str(name)!r}", type(model).__name__, info)
+    return model
+
+
+def _check_keys(what: str, holder: str, info: dict[str, Any]) -> None:
+    """Raises UserError, naming the first few, where a checkpoint lacks weights or has some without a place."""
+    if info["missing_keys"]:
+        raise UserError(f"{what} lacks {_few(info['missing_keys'])}.")
+    # Tables that older releases saved and that are computed now.
+    extra = [key for key in info["unexpected_keys"] if not key.endswith((".inv_freq", ".position_ids"))]
+    if extra:
+        raise UserError(
+            f"{what} holds {_few(extra)} for which {holder} has no place. Without them it would be another model, so "
+            "it is not loaded."
+        )
+
+
+def _few(names: Iterable[str]) -> str:
+    """`3 weights (a, b, c)`, the first three by name."""
+    names = sorted(names)
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
 
 
 def _load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -415,10 +451,19 @@ def _join(
     )
     with init_empty_weights():
         model = LlavaForConditionalGeneration(config)
+    places = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.model.vision_tower = tower
     model.model.language_model = decoder
     model.lm_head = head
     model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+    # What save_pretrained writes is read into LLaVA as transformers makes it, which knows no head with a bias.
+    held = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    homeless = [name for name in held | places if held.get(name) != places.get(name)]
+    if homeless:
+        raise UserError(
+            f"LLaVA cannot hold the {type(language_model).__name__} (model_type {text_config.model_type!r}): "
+            f"{_few(homeless)} would not come back from a saved folder. Choose another language model."
+        )
     model.generation_config = language_model.generation_config
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model.to(dtype)
@@ -428,14 +473,55 @@ def _check_logits(model: LlavaForConditionalGeneration, language_model: PreTrain
     """Some language models add a bias, a cap or a scale to their logits, which LLaVA's plain head would drop."""
     device = language_model.device
     input_ids = torch.arange(4, device=device)[None]
-    with torch.no_grad():
-        expected, got = language_model.eval()(input_ids).logits, model.eval()(input_ids).logits
+    # Magnified, because a cap does nothing to logits as small as those of fresh weights.
+    hooks = [
+        head.register_forward_hook(lambda _module, _args, logits: logits * 1024)
+        for head in {language_model.get_output_embeddings(), model.lm_head}
+    ]
+    try:
+        with torch.no_grad():
+            expected, got = language_model.eval()(input_ids).logits / 1024, model.eval()(input_ids).logits / 1024
+    except Exception as error:  # whatever a language model of another kind stumbles over
+        raise _cannot_see(model, name, error) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not torch.allclose(expected, got, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"LLaVA cannot hold the language model {name!r} (model_type {language_model.config.model_type!r}): its "
             "logits are not a plain linear map of its last hidden state "
             f"(largest difference {(expected - got).abs().max():.3g}). Choose another one."
         )
+
+
+def _check_sees(model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:
+    """Tries one picture and one token after it: what takes text alone may fail at the first sample, or not look."""
+    side = model.config.vision_config.image_size
+    logits = []
+    try:
+        for colour in ("white", "black"):
+            inputs = processor(
+                images=[Image.new("RGB", (side, side), colour)], text=[IMAGE_TOKEN], return_tensors="pt"
+            ).to(model.device)
+            with torch.no_grad():
+                output = model.eval()(**inputs, use_cache=True)
+                token = output.logits[:, -1:].argmax(-1)
+                model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            logits.append(output.logits)
+    except Exception as error:
+        raise _cannot_see(model, name, error) from error
+    if torch.equal(*logits):
+        raise UserError(
+            f"The language model {name!r} (model_type {model.config.text_config.model_type!r}) gives a white and a "
+            "black picture the same logits: it does not see. Choose another language model or tower."
+        )
+
+
+def _cannot_see(model: LlavaForConditionalGeneration, name: str, error: Exception) -> UserError:
+    return UserError(
+        f"The language model {name!r} (model_type {model.config.text_config.model_type!r}) cannot read a picture's "
+        f"embeddings and go on from them: {type(error).__name__}: {_in_a_line(error)} Choose another one."
+    )
 
 
 # ---- reading a checkpoint ------------------------------------------------------------------------------------------
@@ -478,9 +564,9 @@ def _load_model(
         raise UserError(
             f"The checkpoint {path} has no weights in safetensors format. ({_first_line(error)})"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"The checkpoint {path} lacks {len(missing)} weights, the first being {missing[0]}.")
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"The weights of the checkpoint {path} cannot be read: {_in_a_line(error)}") from error
+    _check_keys(f"The checkpoint {path}", "LLaVA", info)
     if dtype is None and model.dtype != suitable(model.dtype):
         model = model.to(suitable(model.dtype))
     return model.eval()
@@ -535,16 +621,32 @@ def _check_base_card(
 ) -> None:
     if not (adapter / BASE_CARD).is_file():
         return
-    card = json.loads((adapter / BASE_CARD).read_text(encoding="utf-8"))
-    found = fingerprint(model)
-    if card["fingerprint"] != found:
+    try:
+        card = json.loads((adapter / BASE_CARD).read_text(encoding="utf-8"))
+        base, template = card["base"], card["chat_template_sha"]
+        if "parts" in card:
+            told_apart = difference(card["parts"], model.base_as_read[1])
+        else:
+            warnings.warn(
+                f"{adapter / BASE_CARD} is of an earlier release: only the embedding and the tower's first weights "
+                "are compared with the base.",
+                stacklevel=4,
+            )
+            is_same = card["fingerprint"] == fingerprint(model)
+            told_apart = None if is_same else f"fingerprint is {fingerprint(model)} instead of {card['fingerprint']}"
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"The adapter {adapter} was trained on the base {card['base']} (fingerprint {card['fingerprint']}), but "
-            f"the base given is {path} (fingerprint {found}). Load it on {card['base']}."
+            f"{adapter / BASE_CARD} is no base card ({type(error).__name__}: {_first_line(error)}). Take the file as "
+            "it was written with the adapter."
+        ) from error
+    if told_apart:
+        raise UserError(
+            f"The adapter {adapter} was trained on the base {base}, but the base given is {path}: its {told_apart}. "
+            f"Load it on {base}."
         )
-    if card["chat_template_sha"] != _sha(processor.chat_template):
+    if template != _sha(processor.chat_template):
         raise UserError(
-            f"The adapter {adapter} was trained on the base {card['base']} with another chat template than that of "
+            f"The adapter {adapter} was trained on the base {base} with another chat template than that of "
             f"{path}: its answers would be out of form. Load it on the base it was trained on."
         )
 
@@ -553,21 +655,58 @@ def _load_projector(model: LlavaForConditionalGeneration, adapter: Path, path: s
     projector = model.model.multi_modal_projector
     try:
         projector.load_state_dict(load_file(adapter / PROJECTOR_FILE))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise _other_base(adapter, path, error) from error
     projector.requires_grad_(is_trainable)
 
 
-def _load_peft(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> PeftModel:
+def read_adapter_config(adapter: Path) -> PeftConfig:
+    """The PEFT config of an adapter folder. Raises UserError for one that this release of PEFT does not wholly know."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, OSError, UserWarning) as error:
+            warnings.filterwarnings("error", message="Unexpected keyword arguments")
+            return PeftConfig.from_pretrained(str(adapter))
+    except KeyError as error:
+        raise UserError(f"{adapter / 'adapter_config.json'}: no method of PEFT's is called {error}.") from error
+    except (TypeError, ValueError, OSError, UserWarning) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} cannot be used: {_in_a_line(error)}") from error
+
+
+def _load_peft(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> PeftModel:
+    config = read_adapter_config(adapter)
+    if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise UserError(f"The adapter {adapter} has no weights: adapter_model.safetensors is not there.")
+    config.inference_mode = not is_trainable
+    before = base_samples(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, with those left over
+            adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=is_trainable)
+        weights = load_peft_weights(str(adapter), device="cpu")
+        result = set_peft_model_state_dict(adapted, weights)  # anew, for its account of what was read
+    except KeyError as error:
+        raise _other_base(adapter, path, f"it lacks {error}.") from error
+    except (RuntimeError, ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         raise _other_base(adapter, path, error) from error
+    _check_adapter_keys(adapted, result, adapter, path)
+    held = {name.removeprefix("base_model.model.") for name in weights}
+    check_start_keeps_base(config, before, adapted, allowed=held)
+    return adapted
 
 
-def _other_base(adapter: Path, path: str | Path, error: Exception) -> UserError:
+def _check_adapter_keys(model: PeftModel, result: Any, adapter: Path, path: str | Path) -> None:
+    """Raises UserError where the adapter has weights without a place, or places are left without weights."""
+    tensors = model.state_dict()
+    places = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    places -= {tensor.data_ptr() for name, tensor in tensors.items() if name not in result.missing_keys}  # tied
+    missing = [name for name in result.missing_keys if tensors[name].data_ptr() in places]
+    faults = [f"it lacks {_few(missing)}"] * bool(missing)
+    faults += [f"it holds {_few(result.unexpected_keys)} without a place"] * bool(result.unexpected_keys)
+    if faults:
+        raise _other_base(adapter, path, f"{' and '.join(faults)}.")
+
+
+def _other_base(adapter: Path, path: str | Path, error: Exception | str) -> UserError:
     """The weights do not fit; who trained them on what is in the base card, or else in PEFT's config."""
     known = {}
     for name in ("adapter_config.json", BASE_CARD):
@@ -575,8 +714,14 @@ def _other_base(adapter: Path, path: str | Path, error: Exception) -> UserError:
             known |= json.loads((adapter / name).read_text(encoding="utf-8"))
     base = known.get("base") or known.get("base_model_name_or_path") or "unknown"
     return UserError(
-        f"The adapter {adapter} (trained on the base {base}) does not fit the base {path}: {_first_line(error)}"
+        f"The adapter {adapter} (trained on the base {base}) does not fit the base {path}: {_in_a_line(error)}"
     )
+
+
+def _in_a_line(error: Exception | str) -> str:
+    """A message of several lines in one, cut where it becomes a list."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 def _first_line(error: Exception) -> str:
