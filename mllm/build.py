@@ -666,6 +666,8 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Unexpected keyword arguments")
             return PeftConfig.from_pretrained(str(adapter))
+    except UserError as error:
+        raise UserError(f"{adapter / 'adapter_config.json'}: {error}") from error
     except KeyError as error:
         raise UserError(f"{adapter / 'adapter_config.json'}: no method of PEFT's is called {error}.") from error
     except (TypeError, ValueError, OSError, UserWarning) as error:
@@ -684,6 +686,8 @@ def _load_peft(model: LlavaForConditionalGeneration, adapter: Path, path: str | 
             adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=is_trainable)
         weights = load_peft_weights(str(adapter), device="cpu")
         result = set_peft_model_state_dict(adapted, weights)  # anew, for its account of what was read
+    except UserError:
+        raise
     except KeyError as error:
         raise _other_base(adapter, path, f"it lacks {error}.") from error
     except (RuntimeError, ValueError, TypeError, OSError, ImportError, SafetensorError) as error:

@@ -1,0 +1,65 @@
+"""Names of modules as settings give them, by ending or by regular expression: what matches nothing is refused."""
+
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+from mllm.errors import UserError
+
+# A group of alternatives that holds no group itself; not a look-around.
+CHOICE = re.compile(r"(?<!\\)\((?:\?:|(?!\?))([^()]*\|[^()]*)\)")
+
+
+def matches(patterns: Iterable[str] | str, name: str) -> bool:
+    """Whether a full module name is meant: by a regular expression (a string) or by its ending (any of several)."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
+
+
+def check_names(field: str, patterns: Iterable[str] | str | None, names: Iterable[str], *, where: str) -> None:
+    """Refuses names that match nothing, although others beside them do.
+
+    Args:
+        field: the setting, for the message.
+        patterns: as `matches` takes them; of a regular expression each alternative must match.
+        names: full names that there are.
+        where: what they are, for the message, such as "module of the language model".
+
+    Raises:
+        UserError: one matches none; the nearest name is given.
+    """
+    names = list(names)
+    try:
+        readings = list(_readings(patterns)) if isinstance(patterns, str) else [([p], p) for p in patterns or ()]
+    except re.error as error:
+        raise UserError(f"{field}={patterns!r} is no regular expression: {error}.") from error
+    for pattern, told in readings:
+        if not any(matches(pattern, name) for name in names):
+            raise UserError(f"{field}: {told!r} matches no {where}{nearest(told, names)}.")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (nearest: …)`: the endings of these names that are most like it; "" where none is."""
+    depth = name.count(".") + 1
+    endings = {".".join(each.split(".")[-depth:]) for each in names if each}
+    # An index of a layer is no name that anybody meant.
+    found = get_close_matches(name, sorted(each for each in endings if not each.isdigit()), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def _readings(pattern: str) -> Iterator[tuple[str, str]]:
+    """The expression, then the same with each of its alternatives alone; beside each the text that it stands for."""
+    re.compile(pattern)
+    yield pattern, pattern
+    choices = [(found.start(), found.end(), found[1]) for found in CHOICE.finditer(pattern)]
+    if "|" in pattern and "(" not in pattern:
+        choices.append((0, len(pattern), pattern))
+    for start, end, inside in choices:
+        for alternative in filter(None, inside.split("|")):
+            reading = f"{pattern[:start]}(?:{alternative}){pattern[end:]}"
+            try:
+                re.compile(reading)
+            except re.error:
+                continue  # the bar stood in a character class
+            yield reading, alternative
