@@ -8,7 +8,6 @@ all of them, image statistics and chat template included.
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
 from copy import deepcopy
 from difflib import get_close_matches
 from importlib import resources
@@ -43,6 +42,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.errors import UserError
 from mllm.identity import base_module, base_samples, check_start_keeps_base, difference, to_card
+from mllm.names import check_keys, few
 from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
 
@@ -302,28 +302,8 @@ def _load_language_model(name: str | Path, dtype: torch.dtype | None) -> PreTrai
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"Could not read a causal language model from {str(name)!r}: {_in_a_line(error)}") from error
-    _check_keys(f"The language model {str(name)!r}", type(model).__name__, info)
+    check_keys(f"The language model {str(name)!r}", type(model).__name__, info)
     return model
-
-
-def _check_keys(what: str, holder: str, info: dict[str, Any]) -> None:
-    """Raises UserError, naming the first few, where a checkpoint lacks weights or has some without a place."""
-    if info["missing_keys"]:
-        raise UserError(f"{what} lacks {_few(info['missing_keys'])}.")
-    # Tables that older releases saved and that are computed now.
-    extra = [key for key in info["unexpected_keys"] if not key.endswith((".inv_freq", ".position_ids"))]
-    if extra:
-        raise UserError(
-            f"{what} holds {_few(extra)} for which {holder} has no place. Without them it would be another model, so "
-            "it is not loaded."
-        )
-
-
-def _few(names: Iterable[str]) -> str:
-    """`3 weights (a, b, c)`, the first three by name."""
-    names = sorted(names)
-    more = ", …" if len(names) > 3 else ""
-    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
 
 
 def _load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -462,7 +442,7 @@ def _join(
     if homeless:
         raise UserError(
             f"LLaVA cannot hold the {type(language_model).__name__} (model_type {text_config.model_type!r}): "
-            f"{_few(homeless)} would not come back from a saved folder. Choose another language model."
+            f"{few(homeless)} would not come back from a saved folder. Choose another language model."
         )
     model.generation_config = language_model.generation_config
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -566,7 +546,7 @@ def _load_model(
         ) from error
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"The weights of the checkpoint {path} cannot be read: {_in_a_line(error)}") from error
-    _check_keys(f"The checkpoint {path}", "LLaVA", info)
+    check_keys(f"The checkpoint {path}", "LLaVA", info)
     if dtype is None and model.dtype != suitable(model.dtype):
         model = model.to(suitable(model.dtype))
     return model.eval()
@@ -613,7 +593,7 @@ def _load_adapter(
     _check_base_card(model, processor, adapter, path)
     if has_projector:
         _load_projector(model, adapter, path, is_trainable)
-    return _load_peft(model, adapter, path, is_trainable) if has_peft else model
+    return load_peft(model, adapter, path, is_trainable=is_trainable) if has_peft else model
 
 
 def _check_base_card(
@@ -674,7 +654,13 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
         raise UserError(f"{adapter / 'adapter_config.json'} cannot be used: {_in_a_line(error)}") from error
 
 
-def _load_peft(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> PeftModel:
+def load_peft(model: PreTrainedModel, adapter: Path, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """A PEFT adapter put on a model that was read from `path`, whole.
+
+    Raises:
+        UserError: the folder's settings or weights are not all known to the model, weights are missing or of other
+            shapes, or the adapter's start changes the base.
+    """
     config = read_adapter_config(adapter)
     if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise UserError(f"The adapter {adapter} has no weights: adapter_model.safetensors is not there.")
@@ -703,11 +689,15 @@ def _check_adapter_keys(model: PeftModel, result: Any, adapter: Path, path: str 
     tensors = model.state_dict()
     places = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
     places -= {tensor.data_ptr() for name, tensor in tensors.items() if name not in result.missing_keys}  # tied
-    missing = [name for name in result.missing_keys if tensors[name].data_ptr() in places]
-    faults = [f"it lacks {_few(missing)}"] * bool(missing)
-    faults += [f"it holds {_few(result.unexpected_keys)} without a place"] * bool(result.unexpected_keys)
+    missing = [
+        name
+        for name in result.missing_keys
+        if tensors[name].data_ptr() in places and ".original_module." not in name  # PEFT counts those with bias="all"
+    ]
+    faults = [f"missing adapter keys: {few(missing)}"] * bool(missing)
+    faults += [f"adapter keys without a place: {few(result.unexpected_keys)}"] * bool(result.unexpected_keys)
     if faults:
-        raise _other_base(adapter, path, f"{' and '.join(faults)}.")
+        raise _other_base(adapter, path, f"{'; '.join(faults)}.")
 
 
 def _other_base(adapter: Path, path: str | Path, error: Exception | str) -> UserError:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from mllm.errors import UserError
 
@@ -65,11 +65,16 @@ def sampled(tensor: Tensor) -> Tensor:
 
 
 def base_samples(model: PreTrainedModel | PeftModel) -> dict[str, dict[str, Tensor]]:
-    """Part -> tensor's name -> its samples, on the CPU. Raises ValueError as `sampled` does."""
+    """Part -> tensor's name -> its samples, on the CPU; of what is no LLaVA all is the part "model".
+
+    Raises ValueError as `sampled` does.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_llava = isinstance(base, LlavaForConditionalGeneration)
     found: dict[str, dict[str, Tensor]] = {}
-    for part, path in PARTS.items():
-        samples = {name: sampled(tensor) for name, tensor in base_tensors(base.get_submodule(path), f"{path}.")}
+    for part, path in (PARTS if is_llava else {"model": ""}).items():
+        prefix = f"{path}." if path else ""
+        samples = {name: sampled(tensor) for name, tensor in base_tensors(base.get_submodule(path), prefix)}
         # One copy a part: on a GPU each would wait for the device.
         devices = {values.device for values in samples.values()}
         if devices == {torch.device("cpu")} or len(devices) > 1:

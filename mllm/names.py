@@ -1,8 +1,9 @@
-"""Names of modules as settings give them, by ending or by regular expression: what matches nothing is refused."""
+"""Names of modules in settings and of weights in files: what matches nothing is refused."""
 
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from typing import Any
 
 from mllm.errors import UserError
 
@@ -46,6 +47,26 @@ def nearest(name: str, names: Iterable[str]) -> str:
     # An index of a layer is no name that anybody meant.
     found = get_close_matches(name, sorted(each for each in endings if not each.isdigit()), n=3, cutoff=0.5)
     return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def check_keys(what: str, holder: str, info: dict[str, Any]) -> None:
+    """Raises UserError, naming the first few, where a checkpoint lacks weights or has some without a place."""
+    if info["missing_keys"]:
+        raise UserError(f"{what} lacks {few(info['missing_keys'])}.")
+    # Tables that older releases saved and that are computed now.
+    extra = [key for key in info["unexpected_keys"] if not key.endswith((".inv_freq", ".position_ids"))]
+    if extra:
+        raise UserError(
+            f"{what} holds {few(extra)} for which {holder} has no place. Without them it would be another model, so "
+            "it is not loaded."
+        )
+
+
+def few(names: Iterable[str]) -> str:
+    """`3 weights (a, b, c)`, the first three by name."""
+    names = sorted(names)
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
 
 
 def _readings(pattern: str) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,7 @@ from mllm.errors import UserError
 from mllm.identity import base_samples, check_start_keeps_base
 from mllm.mole import MoleConfig, MoleModel
 from mllm.mole.targets import block_linears, find_targets
-from mllm.names import check_names, nearest
+from mllm.names import check_names, matches, nearest
 from train.config import ModelSection, OptimSection, TrainConfig, suggest
 
 PROJECTOR = "multi_modal_projector"
@@ -222,12 +222,13 @@ def check_lora_targets(config: LoraConfig, model: PeftModel, modules: list[str])
     """Raises UserError for what led to no LoRA: a name, a layer's number or a pattern, although others did."""
     tuner = model.base_model
     targeted = list(tuner.targeted_module_names)
+    excluded = [name for name in modules if config.exclude_modules and matches(config.exclude_modules, name)]
     targeted_parameters = list(tuner.targeted_parameter_names)
     field, where = "model.adapter.target_modules", "module that takes LoRA"
     if config.target_modules != "all-linear":
         inside = [name for name in modules if not name.endswith(tuple(config.modules_to_save or ()))]
         try:
-            check_names(field, config.target_modules, targeted, where=where)
+            check_names(field, config.target_modules, targeted + excluded, where=where)
         except UserError:
             check_names(
                 "model.adapter.target_modules", config.target_modules, inside, where=where
@@ -259,11 +260,14 @@ def check_lora_targets(config: LoraConfig, model: PeftModel, modules: list[str])
 
 
 def leave_unread_frozen(model: PeftModel | PreTrainedModel) -> None:
-    """Freezes what the tower holds but LLaVA never reads: the blocks after its feature layer, the final norm.
+    """Freezes what nothing reads: originals of trained copies, and the tower's blocks after LLaVA's feature layer.
 
-    Tried on one blank picture, before the engine starts. Raises UserError for adapter weights there that nothing reads:
-    they would never learn.
+    The tower is tried on one blank picture, before the engine starts. Raises UserError for adapter weights there that
+    nothing reads: they would never learn.
     """
+    for name, weight in trained(model):
+        if "original_module" in name.split("."):  # what a trained copy stands for; bias="all" would let it learn
+            weight.requires_grad_(False)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     tower = {name: weight for name, weight in trained(model) if part_of(name) == "tower"}
     if not tower:
@@ -350,10 +354,13 @@ def gather_adapter(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors = model.state_dict(keep_vars=True)  # knows which buffers are worth keeping
     prefix = getattr(getattr(model, "base_model", None), "prefix", MoleModel.prefix)
+    holds_biases = isinstance(model, PeftModel) and getattr(model.active_peft_config, "bias", "none") == "all"
     weights = {}
     for name, tensor in tensors.items():
         # What an adapter holds may be frozen: a router by rule, MiCA's B, statistics in a module trained in full.
-        is_held = any(part.startswith(prefix) or part == "modules_to_save" for part in name.split("."))
+        path = name.split(".")
+        is_held = any(part.startswith(prefix) or part == "modules_to_save" for part in path)
+        is_held |= holds_biases and path[-1] == "bias" and "original_module" not in path
         if not is_held and not tensor.requires_grad:
             continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):

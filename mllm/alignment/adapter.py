@@ -70,7 +70,7 @@ def load_router_adapter(model: nn.Module, folder: str | Path) -> list[RoutedLaye
     lacking = [key for key in ("kind", "base", "adapter", "layers", "aligned_from") if key not in card]
     if lacking or card["aligned_from"].keys() != weights.keys():
         raise UserError(
-            f"{folder}: {CARD} and {WEIGHTS} do not belong together ({', '.join(lacking) or 'they name other weights'})."
+            f"{folder}: {CARD} and {WEIGHTS} do not belong together ({', '.join(lacking) or 'other names in each'})."
             " Take the folder as save_router_adapter wrote it."
         )
     layers = routed_layers(prepare(model), tuple(sorted(set(_known_depths(model, card, folder)))))
@@ -102,8 +102,8 @@ def _check_same(
     if there.keys() != weights.keys():
         left, lacks = sorted(weights.keys() - there.keys())[:3], sorted(there.keys() - weights.keys())[:3]
         raise UserError(
-            f"{folder} does not hold the weights of the model's routers: left over {', '.join(left) or 'none'}, lacking "
-            f"{', '.join(lacks) or 'none'}. Load it on {_origin(card)}."
+            f"{folder} does not hold the weights of the model's routers: left over {', '.join(left) or 'none'}, "
+            f"lacking {', '.join(lacks) or 'none'}. Load it on {_origin(card)}."
         )
     for name, parameter in there.items():
         if parameter.shape != weights[name].shape:

@@ -38,7 +38,7 @@ class MoleModel(BaseTuner):
         remove_deleted(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UserError(
-                "The model carries an adapter already, and MOLE holds one a model: two adapters would route the same "
+                "The model carries an adapter already, and MOLE holds one adapter a model: two would route the same "
                 "tokens by two routers. Load the second one into a fresh copy of the base model."
             )
         self.routing_context = RoutingContext(_image_token_id(model))
