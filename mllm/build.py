@@ -174,7 +174,7 @@ def load(
     if model.config.text_config.pad_token_id is None:
         model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
     # Kept for the cards of adapters trained from here on: an adapter loaded now may replace some of these weights.
-    model.base_as_read = (str(path), base_samples(model))
+    model.base_as_read = (str(path), _samples_if_whole(model))
     if adapter is not None:
         model = _load_adapter(model, processor, Path(adapter), path, is_trainable)
     return model, processor
@@ -226,7 +226,7 @@ def write_base_card(
     card = {
         "base": str(base_path),
         "fingerprint": fingerprint(model),
-        "parts": to_card(samples if read_from == str(base_path) else base_samples(model)),
+        "parts": to_card(samples if samples and read_from == str(base_path) else base_samples(model)),
         "chat_template_sha": _sha(processor.chat_template),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -477,24 +477,19 @@ def _check_logits(model: LlavaForConditionalGeneration, language_model: PreTrain
 def _check_sees(model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:
     """Tries one picture and one token after it: what takes text alone may fail at the first sample, or not look."""
     side = model.config.vision_config.image_size
-    logits = []
+    pictures = [Image.new("RGB", (side, side), colour) for colour in ("white", "black")]
     try:
-        for colour in ("white", "black"):
-            inputs = processor(
-                images=[Image.new("RGB", (side, side), colour)], text=[IMAGE_TOKEN], return_tensors="pt"
-            ).to(model.device)
-            with torch.no_grad():
-                output = model.eval()(**inputs, use_cache=True)
-                token = output.logits[:, -1:].argmax(-1)
-                model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-            logits.append(output.logits)
+        inputs = processor(images=pictures[:1], text=[IMAGE_TOKEN], return_tensors="pt").to(model.device)
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
+        with torch.no_grad():
+            output = model.eval()(**inputs, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+            model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            white, black = model.get_image_features(pixels).pooler_output
     except Exception as error:
         raise _cannot_see(model, name, error) from error
-    if torch.equal(*logits):
-        raise UserError(
-            f"The language model {name!r} (model_type {model.config.text_config.model_type!r}) gives a white and a "
-            "black picture the same logits: it does not see. Choose another language model or tower."
-        )
+    if torch.equal(white, black):
+        raise UserError("A white and a black picture are the same to the vision tower: it sees nothing. Take another.")
 
 
 def _cannot_see(model: LlavaForConditionalGeneration, name: str, error: Exception) -> UserError:
@@ -604,7 +599,10 @@ def _check_base_card(
     try:
         card = json.loads((adapter / BASE_CARD).read_text(encoding="utf-8"))
         base, template = card["base"], card["chat_template_sha"]
-        if "parts" in card:
+        if "parts" in card and model.base_as_read[1] is None:
+            warnings.warn(f"Some weights of {path} lie on disk: not compared with {adapter / BASE_CARD}.", stacklevel=4)
+            told_apart = None
+        elif "parts" in card:
             told_apart = difference(card["parts"], model.base_as_read[1])
         else:
             warnings.warn(
@@ -629,6 +627,11 @@ def _check_base_card(
             f"The adapter {adapter} was trained on the base {base} with another chat template than that of "
             f"{path}: its answers would be out of form. Load it on the base it was trained on."
         )
+
+
+def _samples_if_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Samples of the base's weights; None where `device="auto"` has left some on disk."""
+    return None if any(parameter.is_meta for parameter in model.parameters()) else base_samples(model)
 
 
 def _load_projector(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> None:
@@ -665,7 +668,7 @@ def load_peft(model: PreTrainedModel, adapter: Path, path: str | Path, *, is_tra
     if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise UserError(f"The adapter {adapter} has no weights: adapter_model.safetensors is not there.")
     config.inference_mode = not is_trainable
-    before = base_samples(model)
+    before = _samples_if_whole(model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, with those left over
@@ -679,8 +682,9 @@ def load_peft(model: PreTrainedModel, adapter: Path, path: str | Path, *, is_tra
     except (RuntimeError, ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         raise _other_base(adapter, path, error) from error
     _check_adapter_keys(adapted, result, adapter, path)
-    held = {name.removeprefix("base_model.model.") for name in weights}
-    check_start_keeps_base(config, before, adapted, allowed=held)
+    if before is not None:
+        held = {name.removeprefix("base_model.model.") for name in weights}
+        check_start_keeps_base(config, before, adapted, allowed=held)
     return adapted
 
 
@@ -708,7 +712,7 @@ def _other_base(adapter: Path, path: str | Path, error: Exception | str) -> User
             known |= json.loads((adapter / name).read_text(encoding="utf-8"))
     base = known.get("base") or known.get("base_model_name_or_path") or "unknown"
     return UserError(
-        f"The adapter {adapter} (trained on the base {base}) does not fit the base {path}: {_in_a_line(error)}"
+        f"The adapter {adapter} does not fit the base {path}; it was trained on {base}. {_in_a_line(error)}"
     )
 
 

@@ -68,6 +68,7 @@ LORA_FIELDS = {
     "target_parameters",
     "ensure_weight_tying",
 }
+LAYER = r".*?\.[^.]*\.(\d+)\."  # PEFT's way to a layer's number where layers_pattern is not given
 LORA_STARTS = (True, False, "gaussian", "orthogonal", "mica")
 
 
@@ -186,10 +187,11 @@ def put_on(adapter: PeftConfig, model: PreTrainedModel) -> PeftModel:
         adapted = get_peft_model(model, adapter)
     except UserError:
         raise
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        if isinstance(asked.target_modules, set):
-            check_names("model.adapter.target_modules", asked.target_modules, modules, where="module")
-        raise UserError(f"model.adapter: PEFT refuses it: {error}") from error
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, re.error) as error:
+        if asked.target_modules != "all-linear":
+            check_names("model.adapter.target_modules", asked.target_modules, modules, where="module of the model")
+        told = " ".join(str(error).split())
+        raise UserError(f"model.adapter: PEFT refuses it: {told[:400]}{' …' * (len(told) > 400)}") from error
     if isinstance(adapter, LoraConfig):
         check_lora_targets(asked, adapted, modules)
     check_start_keeps_base(adapter, before, adapted)
@@ -200,6 +202,10 @@ def check_lora_names(config: LoraConfig, model: PreTrainedModel, modules: list[s
     """Raises UserError for what names no module, parameter or token of the bare model; the nearest name is given."""
     for field in ("exclude_modules", "modules_to_save"):
         check_names(f"model.adapter.{field}", getattr(config, field), modules, where="module of the model")
+    for pattern, whole in zip(as_list(config.layers_pattern), layer_patterns(config), strict=True):
+        if not any(re.match(whole, name) for name in modules):
+            lists = {name.split(".")[-2] for name in modules if name.rpartition(".")[2].isdigit()}
+            raise UserError(f"model.adapter.layers_pattern: {pattern!r} matches no list{nearest(pattern, lists)}.")
     for name in config.target_parameters or ():
         check_names("model.adapter.target_parameters", [name], parameters, where="parameter of the model")
     indices = config.trainable_token_indices
@@ -216,6 +222,16 @@ def check_lora_names(config: LoraConfig, model: PreTrainedModel, modules: list[s
             raise UserError(
                 f"model.adapter.trainable_token_indices: {wrong[0]} is no token: there are 0 to {rows - 1}."
             )
+
+
+def as_list(value: Any) -> list[Any]:
+    """A setting that may be one, several or none."""
+    return [] if value is None else [value] if isinstance(value, str | int) else list(value)
+
+
+def layer_patterns(config: LoraConfig) -> list[str]:
+    """For each of `layers_pattern` the expression by which PEFT finds a layer's number in a module's name."""
+    return [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in as_list(config.layers_pattern)]
 
 
 def check_lora_targets(config: LoraConfig, model: PeftModel, modules: list[str]) -> None:
@@ -236,18 +252,10 @@ def check_lora_targets(config: LoraConfig, model: PeftModel, modules: list[str])
             raise
     asked = config.layers_to_transform
     if asked is not None:
-        patterns = config.layers_pattern or [r"[^.]*"]
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        found: set[int] = set()
-        for pattern in patterns:
-            numbers = {int(m[1]) for name in targeted if (m := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name))}
-            if not numbers:
-                lists = {name.split(".")[-2] for name in modules if name.rpartition(".")[2].isdigit()}
-                raise UserError(
-                    f"model.adapter.layers_pattern: {pattern!r} matches no list of layers{nearest(pattern, lists)}."
-                )
-            found |= numbers
-        for layer in [asked] if isinstance(asked, int) else asked:
+        patterns = layer_patterns(config) or [LAYER]
+        matched = [m for name in targeted for pattern in patterns if (m := re.match(pattern, name))]
+        found = {int(m[1]) for m in matched}
+        for layer in as_list(asked):
             if layer not in found:
                 raise UserError(
                     f"model.adapter.layers_to_transform: there is no layer {layer} with a module that takes LoRA, but"

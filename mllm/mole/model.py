@@ -37,10 +37,13 @@ class MoleModel(BaseTuner):
         """PEFT's, with a routing context for what is put in. Raises UserError for a model with an adapter."""
         remove_deleted(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            if len(self.peft_config) > 1:  # the model's own, shared with the first adapter: it stays as it was
+                del self.peft_config[adapter_name]
             raise UserError(
                 "The model carries an adapter already, and MOLE holds one adapter a model: two would route the same "
                 "tokens by two routers. Load the second one into a fresh copy of the base model."
             )
+        self.active_adapter = adapter_name  # none is, where the last one was deleted
         self.routing_context = RoutingContext(_image_token_id(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sees_pictures = self.peft_config[adapter_name].router_reads in ("picture", "both")
