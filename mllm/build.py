@@ -533,7 +533,12 @@ def _load_model(
 ) -> LlavaForConditionalGeneration:
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or "auto", device_map=device, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype or "auto",
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
     except OSError as error:
         raise UserError(

@@ -18,7 +18,14 @@ def matches(patterns: Iterable[str] | str, name: str) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
-def check_names(field: str, patterns: Iterable[str] | str | None, names: Iterable[str], *, where: str) -> None:
+def check_names(
+    field: str,
+    patterns: Iterable[str] | str | None,
+    names: Iterable[str],
+    *,
+    where: str,
+    known: Iterable[str] | None = None,
+) -> None:
     """Refuses names that match nothing, although others beside them do.
 
     Args:
@@ -26,6 +33,7 @@ def check_names(field: str, patterns: Iterable[str] | str | None, names: Iterabl
         patterns: as `matches` takes them; of a regular expression each alternative must match.
         names: full names that there are.
         where: what they are, for the message, such as "module of the language model".
+        known: names to take the nearest from, where they are more than `names`.
 
     Raises:
         UserError: one matches none; the nearest name is given.
@@ -37,7 +45,7 @@ def check_names(field: str, patterns: Iterable[str] | str | None, names: Iterabl
         raise UserError(f"{field}={patterns!r} is no regular expression: {error}.") from error
     for pattern, told in readings:
         if not any(matches(pattern, name) for name in names):
-            raise UserError(f"{field}: {told!r} matches no {where}{nearest(told, names)}.")
+            raise UserError(f"{field}: {told!r} matches no {where}{nearest(told, known or names)}.")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -53,6 +61,13 @@ def check_keys(what: str, holder: str, info: dict[str, Any]) -> None:
     """Raises UserError, naming the first few, where a checkpoint lacks weights or has some without a place."""
     if info["missing_keys"]:
         raise UserError(f"{what} lacks {few(info['missing_keys'])}.")
+    other_shapes = info.get("mismatched_keys")
+    if other_shapes:
+        name, came, due = min(other_shapes)
+        raise UserError(
+            f"{what} has {few([each[0] for each in other_shapes])} of another shape: {name} is {list(came)}, "
+            f"but {list(due)} by its config.json."
+        )
     # Tables that older releases saved and that are computed now.
     extra = [key for key in info["unexpected_keys"] if not key.endswith((".inv_freq", ".position_ids"))]
     if extra:
@@ -74,7 +89,7 @@ def _readings(pattern: str) -> Iterator[tuple[str, str]]:
     re.compile(pattern)
     yield pattern, pattern
     choices = [(found.start(), found.end(), found[1]) for found in CHOICE.finditer(pattern)]
-    if "|" in pattern and "(" not in pattern:
+    if "|" in pattern and not set("([") & set(pattern):
         choices.append((0, len(pattern), pattern))
     for start, end, inside in choices:
         for alternative in filter(None, inside.split("|")):

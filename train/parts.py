@@ -240,16 +240,10 @@ def check_lora_targets(config: LoraConfig, model: PeftModel, modules: list[str])
     targeted = list(tuner.targeted_module_names)
     excluded = [name for name in modules if config.exclude_modules and matches(config.exclude_modules, name)]
     targeted_parameters = list(tuner.targeted_parameter_names)
-    field, where = "model.adapter.target_modules", "module that takes LoRA"
+    where = "module that takes LoRA"
     if config.target_modules != "all-linear":
-        inside = [name for name in modules if not name.endswith(tuple(config.modules_to_save or ()))]
-        try:
-            check_names(field, config.target_modules, targeted + excluded, where=where)
-        except UserError:
-            check_names(
-                "model.adapter.target_modules", config.target_modules, inside, where=where
-            )  # with a nearer name
-            raise
+        met = targeted + excluded
+        check_names("model.adapter.target_modules", config.target_modules, met, where=where, known=modules)
     asked = config.layers_to_transform
     if asked is not None:
         patterns = layer_patterns(config) or [LAYER]

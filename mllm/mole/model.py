@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -48,6 +49,20 @@ class MoleModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sees_pictures = self.peft_config[adapter_name].router_reads in ("picture", "both")
         self.routing_context.attach(model, sees_pictures=sees_pictures)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Without the adapter's name right behind our own: PEFT looks near the end, but a router lies deeper."""
+        return re.sub(rf"(\.{cls.prefix}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoleConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # Adapters of earlier releases have routers with the name still in them.
+        named = re.compile(r"(\.mole_router)\.[^.]+(?=\.(?:router\.|selection_bias$))")
+        state_dict = {named.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_adapter_config(self, peft_config: MoleConfig, model_config: dict) -> MoleConfig:
         return peft_config  # what to adapt is found in the module tree, see _prepare_model
