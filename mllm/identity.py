@@ -63,7 +63,7 @@ def sampled(tensor: Tensor) -> Tensor:
     if flat.numel() > SAMPLES:
         places = torch.arange(SAMPLES, dtype=torch.float64) * GOLDEN % 1 * flat.numel()
         flat = flat[places.long().to(flat.device)]
-    return flat.to(torch.bfloat16)
+    return flat.to(torch.bfloat16, copy=True)  # never a view of what is trained
 
 
 def base_samples(model: PreTrainedModel | PeftModel) -> dict[str, dict[str, Tensor]]:

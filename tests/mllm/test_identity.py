@@ -91,3 +91,12 @@ def test_the_card_of_a_model_in_memory_knows_what_peft_has_wrapped(tmp_path):
     torch.nn.init.ones_(adapted.get_input_embeddings().weight)
     write_base_card(wrapped, adapted, tmp_path / "base")
     assert (bare / "base.json").read_text() == (wrapped / "base.json").read_text()
+
+
+def test_samples_are_kept_as_they_were_while_a_base_in_bf16_is_trained(folder):
+    model, _ = mllm.load(folder, dtype=torch.bfloat16)
+    bias = WEIGHTS["projector"]
+    before = model.base_as_read[1]["projector"][bias].clone()
+    with torch.no_grad():
+        model.get_parameter(bias).add_(1)
+    assert torch.equal(model.base_as_read[1]["projector"][bias], before)
