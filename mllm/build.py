@@ -18,7 +18,9 @@ import open_clip
 import torch
 from accelerate import init_empty_weights
 from jinja2.exceptions import TemplateError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -40,6 +42,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
+from mllm.identity import base_module, base_samples, check_start_keeps_base, difference, to_card
+from mllm.names import check_keys, few
 from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
 
@@ -110,7 +114,8 @@ def build(
         dtype: of the whole model; by default the language model's.
 
     Raises:
-        UserError: a part cannot be found, has no safetensors weights or no fast tokenizer, or cannot be held by LLaVA.
+        UserError: a part cannot be found, has no safetensors weights or no fast tokenizer, cannot be held by LLaVA, or
+            the whole cannot read a picture and go on from it.
     """
     language_model_name = (
         str(language_model) if isinstance(language_model, str | Path) else type(language_model).__name__
@@ -133,6 +138,7 @@ def build(
     processor = _make_processor(vision_tower.config, tokenizer, strategy, chat_template, resize_mode)
     model = _join(vision_tower, language_model, processor, vision_feature_layer, dtype)
     _check_logits(model, language_model, language_model_name)
+    _check_sees(model, processor, language_model_name)
     return model.eval(), processor
 
 
@@ -154,8 +160,8 @@ def load(
         is_trainable: whether the adapter's weights shall go on training.
 
     Raises:
-        UserError: there is no such checkpoint or adapter, it is not a LLaVA, weights are missing in it, or the adapter
-            was trained on another base.
+        UserError: there is no such checkpoint or adapter, it is not a LLaVA, weights are missing in it or left over, or
+            the adapter was trained on another base.
     """
     source = resolve(path)
     config = _load_config(source, path)
@@ -168,6 +174,8 @@ def load(
     model = _load_model(source, path, dtype, device)
     if model.config.text_config.pad_token_id is None:
         model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
+    # Kept for the cards of adapters trained from here on: an adapter loaded now may replace some of these weights.
+    model.base_as_read = (str(path), _samples_if_whole(model))
     if adapter is not None:
         model = _load_adapter(model, processor, Path(adapter), path, is_trainable)
     return model, processor
@@ -192,7 +200,8 @@ def fingerprint(model: PreTrainedModel | PeftModel, *, with_projector: bool = Fa
     ]
     digest = hashlib.sha256(json.dumps(sizes).encode())
     projector = base.model.multi_modal_projector.parameters() if with_projector else ()
-    for weight in (base.get_input_embeddings().weight, next(base.model.vision_tower.parameters()), *projector):
+    embedding = base_module(base.get_input_embeddings()).weight
+    for weight in (embedding, next(base.model.vision_tower.parameters()), *projector):
         if weight.is_meta or weight.numel() == 0:
             raise ValueError("fingerprint needs whole weights in this process; gather partitioned ones first.")
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 4096)]
@@ -208,12 +217,17 @@ def write_base_card(
 ) -> None:
     """Writes into an adapter folder which base it was trained on (`base.json`); `load` refuses another one.
 
+    A model that `load` read from `base_path` is known as it was read, before an adapter replaced anything; of any other
+    model the base's weights are taken as they are, so write the card before they are trained.
     `processor` is the one trained with; by default that of the base.
     """
     processor = processor or load_processor(base_path)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    read_from, samples = getattr(base, "base_as_read", (None, None))
     card = {
         "base": str(base_path),
         "fingerprint": fingerprint(model),
+        "parts": to_card(samples if samples and read_from == str(base_path) else base_samples(model)),
         "chat_template_sha": _sha(processor.chat_template),
         "special_tokens_in_text": getattr(processor, "special_tokens_in_text", "text"),
     }
@@ -285,11 +299,13 @@ def _create_clip(name: str, pretrained: str | None) -> tuple[nn.Module, dict[str
 
 def _load_language_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"Could not read a causal language model from {str(name)!r}: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"Could not read a causal language model from {str(name)!r}: {_in_a_line(error)}") from error
+    check_keys(f"The language model {str(name)!r}", type(model).__name__, info)
+    return model
 
 
 def _load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -419,10 +435,19 @@ def _join(
     )
     with init_empty_weights():
         model = LlavaForConditionalGeneration(config)
+    places = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.model.vision_tower = tower
     model.model.language_model = decoder
     model.lm_head = head
     model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+    # What save_pretrained writes is read into LLaVA as transformers makes it, which knows no head with a bias.
+    held = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    homeless = [name for name in held | places if held.get(name) != places.get(name)]
+    if homeless:
+        raise UserError(
+            f"LLaVA cannot hold the {type(language_model).__name__} (model_type {text_config.model_type!r}): "
+            f"{few(homeless)} would not come back from a saved folder. Choose another language model."
+        )
     model.generation_config = language_model.generation_config
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model.to(dtype)
@@ -432,14 +457,50 @@ def _check_logits(model: LlavaForConditionalGeneration, language_model: PreTrain
     """Some language models add a bias, a cap or a scale to their logits, which LLaVA's plain head would drop."""
     device = language_model.device
     input_ids = torch.arange(4, device=device)[None]
-    with torch.no_grad():
-        expected, got = language_model.eval()(input_ids).logits, model.eval()(input_ids).logits
+    # Magnified, because a cap does nothing to logits as small as those of fresh weights.
+    hooks = [
+        head.register_forward_hook(lambda _module, _args, logits: logits * 1024)
+        for head in {language_model.get_output_embeddings(), model.lm_head}
+    ]
+    try:
+        with torch.no_grad():
+            expected, got = language_model.eval()(input_ids).logits / 1024, model.eval()(input_ids).logits / 1024
+    except Exception as error:  # whatever a language model of another kind stumbles over
+        raise _cannot_see(model, name, error) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not torch.allclose(expected, got, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"LLaVA cannot hold the language model {name!r} (model_type {language_model.config.model_type!r}): its "
             "logits are not a plain linear map of its last hidden state "
             f"(largest difference {(expected - got).abs().max():.3g}). Choose another one."
         )
+
+
+def _check_sees(model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:
+    """Tries one picture and one token after it: what takes text alone may fail at the first sample, or not look."""
+    side = model.config.vision_config.image_size
+    pictures = [Image.new("RGB", (side, side), colour) for colour in ("white", "black")]
+    try:
+        inputs = processor(images=pictures[:1], text=[IMAGE_TOKEN], return_tensors="pt").to(model.device)
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
+        with torch.no_grad():
+            output = model.eval()(**inputs, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+            model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            white, black = model.get_image_features(pixels).pooler_output
+    except Exception as error:
+        raise _cannot_see(model, name, error) from error
+    if torch.equal(white, black):
+        raise UserError("A white and a black picture are the same to the vision tower: it sees nothing. Take another.")
+
+
+def _cannot_see(model: LlavaForConditionalGeneration, name: str, error: Exception) -> UserError:
+    return UserError(
+        f"The language model {name!r} (model_type {model.config.text_config.model_type!r}) cannot read a picture's "
+        f"embeddings and go on from them: {type(error).__name__}: {_in_a_line(error)} Choose another one."
+    )
 
 
 # ---- reading a checkpoint ------------------------------------------------------------------------------------------
@@ -476,15 +537,20 @@ def _load_model(
 ) -> LlavaForConditionalGeneration:
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or "auto", device_map=device, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype or "auto",
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
     except OSError as error:
         raise UserError(
             f"The checkpoint {path} has no weights in safetensors format. ({_first_line(error)})"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"The checkpoint {path} lacks {len(missing)} weights, the first being {missing[0]}.")
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"The weights of the checkpoint {path} cannot be read: {_in_a_line(error)}") from error
+    check_keys(f"The checkpoint {path}", "LLaVA", info)
     if dtype is None and model.dtype != suitable(model.dtype):
         model = model.to(suitable(model.dtype))
     return model.eval()
@@ -532,7 +598,7 @@ def _load_adapter(
     _check_base_card(model, processor, adapter, path)
     if has_projector:
         _load_projector(model, adapter, path, is_trainable)
-    return _load_peft(model, adapter, path, is_trainable) if has_peft else model
+    return load_peft(model, adapter, path, is_trainable=is_trainable) if has_peft else model
 
 
 def _check_base_card(
@@ -540,40 +606,116 @@ def _check_base_card(
 ) -> None:
     if not (adapter / BASE_CARD).is_file():
         return
-    card = json.loads((adapter / BASE_CARD).read_text(encoding="utf-8"))
-    found = fingerprint(model)
-    if card["fingerprint"] != found:
+    try:
+        card = json.loads((adapter / BASE_CARD).read_text(encoding="utf-8"))
+        base, template = card["base"], card["chat_template_sha"]
+        if "parts" in card and model.base_as_read[1] is None:
+            warnings.warn(f"Some weights of {path} lie on disk: not compared with {adapter / BASE_CARD}.", stacklevel=4)
+            told_apart = None
+        elif "parts" in card:
+            told_apart = difference(card["parts"], model.base_as_read[1])
+        else:
+            warnings.warn(
+                f"{adapter / BASE_CARD} is of an earlier release: only the embedding and the tower's first weights "
+                "are compared with the base.",
+                stacklevel=4,
+            )
+            is_same = card["fingerprint"] == fingerprint(model)
+            told_apart = None if is_same else f"fingerprint is {fingerprint(model)} instead of {card['fingerprint']}"
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"The adapter {adapter} was trained on the base {card['base']} (fingerprint {card['fingerprint']}), but "
-            f"the base given is {path} (fingerprint {found}). Load it on {card['base']}."
+            f"{adapter / BASE_CARD} is no base card ({type(error).__name__}: {_first_line(error)}). Take the file as "
+            "it was written with the adapter."
+        ) from error
+    if told_apart:
+        raise UserError(
+            f"The adapter {adapter} was trained on the base {base}, but the base given is {path}: its {told_apart}. "
+            f"Load it on {base}."
         )
-    if card["chat_template_sha"] != _sha(processor.chat_template):
+    if template != _sha(processor.chat_template):
         raise UserError(
-            f"The adapter {adapter} was trained on the base {card['base']} with another chat template than that of "
+            f"The adapter {adapter} was trained on the base {base} with another chat template than that of "
             f"{path}: its answers would be out of form. Load it on the base it was trained on."
         )
     processor.special_tokens_in_text = card.get("special_tokens_in_text", "text")
+
+
+def _samples_if_whole(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Samples of the base's weights; None where `device="auto"` has left some on disk."""
+    return None if any(parameter.is_meta for parameter in model.parameters()) else base_samples(model)
 
 
 def _load_projector(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> None:
     projector = model.model.multi_modal_projector
     try:
         projector.load_state_dict(load_file(adapter / PROJECTOR_FILE))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise _other_base(adapter, path, error) from error
     projector.requires_grad_(is_trainable)
 
 
-def _load_peft(model: LlavaForConditionalGeneration, adapter: Path, path: str | Path, is_trainable: bool) -> PeftModel:
+def read_adapter_config(adapter: Path) -> PeftConfig:
+    """The PEFT config of an adapter folder. Raises UserError for one that this release of PEFT does not wholly know."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, OSError, UserWarning) as error:
+            warnings.filterwarnings("error", message="Unexpected keyword arguments")
+            return PeftConfig.from_pretrained(str(adapter))
+    except UserError as error:
+        raise UserError(f"{adapter / 'adapter_config.json'}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{adapter / 'adapter_config.json'}: no method of PEFT's is called {error}.") from error
+    except (TypeError, ValueError, OSError, UserWarning) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} cannot be used: {_in_a_line(error)}") from error
+
+
+def load_peft(model: PreTrainedModel, adapter: Path, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """A PEFT adapter put on a model that was read from `path`, whole.
+
+    Raises:
+        UserError: the folder's settings or weights are not all known to the model, weights are missing or of other
+            shapes, or the adapter's start changes the base.
+    """
+    config = read_adapter_config(adapter)
+    if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise UserError(f"The adapter {adapter} has no weights: adapter_model.safetensors is not there.")
+    config.inference_mode = not is_trainable
+    before = _samples_if_whole(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, with those left over
+            adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=is_trainable)
+        weights = load_peft_weights(str(adapter), device="cpu")
+        result = set_peft_model_state_dict(adapted, weights)  # anew, for its account of what was read
+    except UserError:
+        raise
+    except KeyError as error:
+        raise _other_base(adapter, path, f"it lacks {error}.") from error
+    except (RuntimeError, ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         raise _other_base(adapter, path, error) from error
+    _check_adapter_keys(adapted, result, adapter, path)
+    if before is not None:
+        held = {name.removeprefix("base_model.model.") for name in weights}
+        check_start_keeps_base(config, before, adapted, allowed=held)
+    return adapted
 
 
-def _other_base(adapter: Path, path: str | Path, error: Exception) -> UserError:
+def _check_adapter_keys(model: PeftModel, result: Any, adapter: Path, path: str | Path) -> None:
+    """Raises UserError where the adapter has weights without a place, or places are left without weights."""
+    tensors = model.state_dict()
+    places = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    places -= {tensor.data_ptr() for name, tensor in tensors.items() if name not in result.missing_keys}  # tied
+    missing = [
+        name
+        for name in result.missing_keys
+        if tensors[name].data_ptr() in places and ".original_module." not in name  # PEFT counts those with bias="all"
+    ]
+    faults = [f"missing adapter keys: {few(missing)}"] * bool(missing)
+    faults += [f"adapter keys without a place: {few(result.unexpected_keys)}"] * bool(result.unexpected_keys)
+    if faults:
+        raise _other_base(adapter, path, f"{'; '.join(faults)}.")
+
+
+def _other_base(adapter: Path, path: str | Path, error: Exception | str) -> UserError:
     """The weights do not fit; who trained them on what is in the base card, or else in PEFT's config."""
     known = {}
     for name in ("adapter_config.json", BASE_CARD):
@@ -581,8 +723,14 @@ def _other_base(adapter: Path, path: str | Path, error: Exception) -> UserError:
             known |= json.loads((adapter / name).read_text(encoding="utf-8"))
     base = known.get("base") or known.get("base_model_name_or_path") or "unknown"
     return UserError(
-        f"The adapter {adapter} (trained on the base {base}) does not fit the base {path}: {_first_line(error)}"
+        f"The adapter {adapter} does not fit the base {path}; it was trained on {base}. {_in_a_line(error)}"
     )
+
+
+def _in_a_line(error: Exception | str) -> str:
+    """A message of several lines in one, cut where it becomes a list."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 def _first_line(error: Exception) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -439,9 +440,14 @@ def load_null_experts(model: PreTrainedModel, folder: str | Path) -> RoutingCont
             raise UserError(f"{folder} holds no {name}; expected a folder written by save_null_experts.")
     card = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     _check_model(model)
-    _check_base({layer: _fingerprint(block.gate.weight) for layer, block in _moe_blocks(model).items()}, card["base"])
+    blocks = _moe_blocks(model)
+    try:
+        config, tensors = NullExpertsConfig(**card["config"]), load_file(folder / WEIGHTS_FILE)
+        _check_base({layer: _fingerprint(block.gate.weight) for layer, block in blocks.items()}, card["base"])
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be read as save_null_experts wrote it: {error}") from error
+    _check_tensors(folder, tensors, config, blocks)
     context = add_null_experts(model, init="zero", **card["config"])
-    tensors = load_file(folder / WEIGHTS_FILE)
     with torch.no_grad():
         for layer, router in _routers(model).items():
             for name, tensor in router.named_parameters():
@@ -453,6 +459,24 @@ def _fingerprint(weight_ED: Tensor) -> str:
     # In bfloat16, so that a base loaded in float32 and in bfloat16 is the same one.
     rounded_ED = weight_ED.detach().to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(rounded_ED.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_tensors(
+    folder: Path, tensors: dict[str, Tensor], config: NullExpertsConfig, blocks: dict[str, nn.Module]
+) -> None:
+    rows = min(1, config.num_null_experts) if config.null_logits == "shared" else config.num_null_experts
+    due = {}
+    for layer, block in blocks.items():
+        due[f"{layer}.weight"] = list(block.gate.weight.shape)
+        if rows:
+            due[f"{layer}.null_weight"] = [rows, block.gate.weight.shape[1]]
+    for name in due | tensors:
+        found = list(tensors[name].shape) if name in tensors else "no such tensor"
+        if name not in due or due[name] != found:
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: {name} should be {due.get(name, 'no part of it')} in this model, found "
+                f"{found}. Take the folder as save_null_experts wrote it."
+            )
 
 
 def _check_base(came: dict[str, str], expected: dict[str, str]) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mllm.build import resolve
+from mllm.build import load_peft, resolve
 from mllm.data.conversation import Conversation, Turn
 from mllm.data.images import open_image
 from mllm.data.special_tokens import SpecialTokens
 from mllm.data.template import PROBE, SYSTEM_PROBE, has_system_place, into_first_question
 from mllm.errors import UserError
+from mllm.names import check_keys
 from mllm.precision import suitable
 
 _MEAN_COLOUR = (0.5, 0.5, 0.5)  # where an image processor tells none
@@ -45,11 +47,17 @@ def load_peer(
     """
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype="auto", device_map=device, use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype="auto",
+            device_map=device,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"Could not read the vision-language model {path}: {_first_line(error)}") from error
+    check_keys(f"The checkpoint {path}", type(model).__name__, info)
     if model.dtype != suitable(model.dtype):
         model = model.to(suitable(model.dtype))
     if model.config.is_encoder_decoder:
@@ -58,10 +66,7 @@ def load_peer(
         raise UserError(f"{path} has no chat template, so nobody can tell how to ask it. Save one with its processor.")
     if adapter is None:
         return model.eval(), processor
-    try:
-        return PeftModel.from_pretrained(model, adapter).eval(), processor
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"The adapter {adapter} does not fit {path}: {_first_line(error)}") from error
+    return load_peft(model, Path(adapter), path).eval(), processor
 
 
 class PeerPrompts:

@@ -82,6 +82,9 @@ class OpenClipVisionModel(PreTrainedModel):
     config_class = OpenClipVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # open_clip and timm attend in their own way whatever is asked for: any name is taken, so that the language model
+    # beside the tower can have it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules: ClassVar = [
         "ResidualAttentionBlock",
         "CustomResidualAttentionBlock",

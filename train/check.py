@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 
-from mllm.build import PROJECTOR_FILE, load_processor
+from mllm.build import PROJECTOR_FILE, load_processor, read_adapter_config
 from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.errors import UserError
@@ -51,7 +51,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     name_domains(config, adapter, mixture)
     find_checkpoint(config, ranks=ranks, data=mixture.digest)
     if config.stage == "instruct" and starts_from_adapter(config.model):
-        check_domains(PeftConfig.from_pretrained(str(start)), mixture)
+        check_domains(read_adapter_config(start), mixture)
     check_domains(adapter, mixture)
     if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
         check_pictures_exist(mixture)

@@ -83,6 +83,9 @@ class PartRates(Section):
     # LoRA experts of the MLPs (those in attention count as attention); in a plain LoRA run the MLPs' low-rank weights
     experts: float | None = Field(None, gt=0)
     router: float | None = Field(None, gt=0)
+    tower: float | None = Field(None, gt=0)  # the vision tower, where modules_to_save or LoRA train it
+    embeddings: float | None = Field(None, gt=0)  # the input embedding and the head
+    other: float | None = Field(None, gt=0)  # what belongs to none of these, such as norms
 
 
 class OptimSection(Section):

@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
@@ -24,7 +27,7 @@ from mllm.errors import UserError
 from train.check import ADAPTER
 from train.config import TrainConfig
 from train.feed import RunOrder
-from train.parts import gather_adapter, parameter_groups, write_adapter
+from train.parts import gather_adapter, parameter_groups, part_of, trained, write_adapter
 from train.ranks import barrier, summed
 from train.routing import RunRouting
 
@@ -95,6 +98,7 @@ class MllmTrainer(StageTrainer):
         self.figures = Figures(domains, self.args.device)
         self.routing = RunRouting(self.model, self.args.device)
         self.add_callback(self.routing)
+        self.add_callback(Learning(self.model, self.args.device))
 
     def get_train_dataloader(self) -> DataLoader:
         """The run's micro-batches for this rank as one epoch, so that Trainer's own skipping resumes exactly."""
@@ -198,6 +202,48 @@ def stop_if_unusable(loss: Tensor, tokens_B: Tensor, wheres: list[str]) -> None:
 def limit_threads(worker: int) -> None:
     """One thread a loading process: they share the cores with training."""
     torch.set_num_threads(1)
+
+
+class Learning(TrainerCallback):
+    """Stops a run in which a trained tensor had no gradient in all of its first steps.
+
+    Seen by hooks that take themselves off: ZeRO leaves no rank a whole gradient to look at. A gradient of zeros counts,
+    as a projector has among rows without pictures: what is meant is a weight that the loss does not depend on. In one
+    step an expert of its own module may be left out by all tokens, in all of them it is not.
+    """
+
+    STEPS = 10
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.steps = 0
+        self.seen: dict[str, bool] = {}
+        self.hooks: dict[str, RemovableHandle] = {}
+        for name, parameter in trained(model):
+            self.seen[name] = False
+            self.hooks[name] = parameter.register_hook(partial(self._see, name))
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        self.seen[name] = True
+        self.hooks.pop(name).remove()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.steps += 1
+        if self.steps != self.STEPS and (self.steps > self.STEPS or state.global_step < state.max_steps):
+            return
+        counts = summed(torch.tensor([float(seen) for seen in self.seen.values()], device=self.device)).tolist()
+        dead = [name for name, count in zip(self.seen, counts, strict=True) if not count]
+        for handle in self.hooks.values():
+            handle.remove()
+        self.hooks = {}
+        if dead:
+            parts = Counter(part_of(name) for name in dead)
+            raise UserError(
+                f"after {self.steps} steps {len(dead)} of {len(counts)} trained tensors never had a gradient"
+                f" ({', '.join(f'{part}: {number}' for part, number in parts.items())}), such as {dead[0]}: the loss"
+                " does not depend on them. Leave their modules out of target_modules and modules_to_save of"
+                " model.adapter."
+            )
 
 
 class Figures:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,8 +62,17 @@ def load_router_adapter(model: nn.Module, folder: str | Path) -> list[RoutedLaye
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; expected a folder written by save_router_adapter.")
-    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    weights = load_file(folder / WEIGHTS)
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be read as save_router_adapter wrote it: {error}") from error
+    lacking = [key for key in ("kind", "base", "adapter", "layers", "aligned_from") if key not in card]
+    if lacking or card["aligned_from"].keys() != weights.keys():
+        raise UserError(
+            f"{folder}: {CARD} and {WEIGHTS} do not belong together ({', '.join(lacking) or 'other names in each'})."
+            " Take the folder as save_router_adapter wrote it."
+        )
     layers = routed_layers(prepare(model), tuple(sorted(set(_known_depths(model, card, folder)))))
     layers = [layer for layer in layers if layer.name in card["layers"]]
     there = {f"{layer.name}.{name}": p for layer in layers for name, p in layer.parameters().items()}
@@ -90,8 +100,11 @@ def _check_same(
     if card["kind"] != _kind(layers[0]):
         raise UserError(f"{folder} holds routers of {card['kind']}, the model's are of {_kind(layers[0])}.")
     if there.keys() != weights.keys():
-        differs = sorted(there.keys() ^ weights.keys())[0]
-        raise UserError(f"{folder}: {differs} is in the routers of one and not of the other. Load {_origin(card)}.")
+        left, lacks = sorted(weights.keys() - there.keys())[:3], sorted(there.keys() - weights.keys())[:3]
+        raise UserError(
+            f"{folder} does not hold the weights of the model's routers: left over {', '.join(left) or 'none'}, "
+            f"lacking {', '.join(lacks) or 'none'}. Load it on {_origin(card)}."
+        )
     for name, parameter in there.items():
         if parameter.shape != weights[name].shape:
             raise UserError(

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from peft.config import PeftConfig
 
 from mllm.errors import UserError
+from mllm.names import nearest
 from mllm.routing import BALANCE_LOSSES, GATES, Choice, ExpertLayout, RouterSpec, Target, find_router
 from mllm.routing.layout import MODALITIES
 from mllm.routing.losses import SCHEDULES
 
-PEFT_TYPE = "MOLE"
+
+class MolePeftType(enum.StrEnum):
+    """A member as PEFT's own enum has: transformers and PEFT read its `value`, but nothing can be added to theirs."""
+
+    MOLE = "MOLE"
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.name}"  # what PEFT splits at the dot
+
+
+PEFT_TYPE = MolePeftType.MOLE
 BALANCES = (*BALANCE_LOSSES, "bias", "none")
 CHOICES = {
     "gate": tuple(GATES),
@@ -131,6 +144,14 @@ class MoleConfig(PeftConfig):
     expert_modules: list[str] | str | None = None
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+
+    def __new__(cls, *_: Any, **values: Any) -> MoleConfig:
+        # Before __init__, whose TypeError PEFT turns into a warning when it reads adapter_config.json.
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UserError(f"MoleConfig has no field {name!r}{nearest(name, known)}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from mllm.errors import UserError
 from mllm.mole.config import MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.targets import Targets, find_targets
+from mllm.names import check_names
 from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, z_loss
 from mllm.routing.losses import domain_loss, moved_selection_bias, over_ranks, pool, scheduled
 
@@ -31,18 +34,35 @@ class MoleModel(BaseTuner):
     tuner_layer_cls = MoleLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def _pre_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
-        self.routing_context = RoutingContext(_image_token_id(model))
-
-    def _post_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
-        self.routing_context.attach(model, sees_pictures=config.router_reads in ("picture", "both"))
-
-    def _check_new_adapter_config(self, config: MoleConfig) -> None:
-        if len(self.peft_config) > 1:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, with a routing context for what is put in. Raises UserError for a model with an adapter."""
+        remove_deleted(model)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            if len(self.peft_config) > 1:  # the model's own, shared with the first adapter: it stays as it was
+                del self.peft_config[adapter_name]
             raise UserError(
-                "MOLE holds one adapter a model: two adapters would route the same tokens by two routers. Load the "
-                "second one into a fresh copy of the base model."
+                "The model carries an adapter already, and MOLE holds one adapter a model: two would route the same "
+                "tokens by two routers. Load the second one into a fresh copy of the base model."
             )
+        self.active_adapter = adapter_name  # none is, where the last one was deleted
+        self.routing_context = RoutingContext(_image_token_id(model))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        sees_pictures = self.peft_config[adapter_name].router_reads in ("picture", "both")
+        self.routing_context.attach(model, sees_pictures=sees_pictures)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Without the adapter's name right behind our own: PEFT looks near the end, but a router lies deeper."""
+        return re.sub(rf"(\.{cls.prefix}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoleConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # Adapters of earlier releases have routers with the name still in them.
+        named = re.compile(r"(\.mole_router)\.[^.]+(?=\.(?:router\.|selection_bias$))")
+        state_dict = {named.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_adapter_config(self, peft_config: MoleConfig, model_config: dict) -> MoleConfig:
         return peft_config  # what to adapt is found in the module tree, see _prepare_model
@@ -53,6 +73,8 @@ class MoleModel(BaseTuner):
             name.rpartition(".")[2] == PROJECTOR for name, _ in model.named_modules()
         ):
             peft_config.modules_to_save = [PROJECTOR]
+        names = [name for name, _ in model.named_modules()]
+        check_names("MoleConfig.modules_to_save", peft_config.modules_to_save, names, where="module of the model")
         has_pictures = _image_token_id(model) is not None and hasattr(model, "get_image_features")
         if peft_config.router_reads is None:
             reads_both = has_pictures and peft_config.router_input == "block" and peft_config.learns
@@ -91,6 +113,14 @@ class MoleModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # the layers have put their weights on the right device themselves
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "adapter_names= asks for an adapter a row, but MOLE holds one a model. Load each adapter into a copy "
+                "of the base model, or call without adapter_names."
+            )
+        return nullcontext()
+
     def _check_merge_allowed(self) -> None:
         MoleLayer.merge(self)
 
@@ -98,6 +128,18 @@ class MoleModel(BaseTuner):
         """The base model without anything of MOLE, its own modules back in place."""
         self.routing_context.detach()
         return super().unload()
+
+
+def remove_deleted(model: nn.Module) -> None:
+    """Puts a model's own modules back where `delete_adapter` left MOLE's layers without an adapter."""
+    for name, module in reversed(list(model.named_modules())):  # linears before the block around them
+        is_ours = isinstance(module, MoleLayer)
+        if not is_ours or module.mole_router or getattr(module, "mole_experts", None):
+            continue
+        if module.layer is not None:
+            module.routing_context.detach()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.base_layer)
 
 
 def _image_token_id(model: nn.Module) -> int | None:

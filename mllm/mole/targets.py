@@ -7,7 +7,6 @@ blocks.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mllm.errors import UserError
 from mllm.mole.config import MoleConfig
+from mllm.names import check_names, matches
 
 LINEARS = (nn.Linear, Conv1D)  # bitsandbytes' linears are nn.Linear too; Conv1D is GPT-2's
 
@@ -44,12 +44,12 @@ def find_targets(model: nn.Module, config: MoleConfig) -> Targets:
     if config.expert_modules is None:
         blocks = _mlp_blocks(model, root)
     else:
-        blocks = [name for name in inside if _matches(config.expert_modules, name)]
+        blocks = [name for name in inside if matches(config.expert_modules, name)]
         _check_blocks(config.expert_modules, blocks, inside)
     if config.target_modules is None:
         linears = _attention_linears(model, root)
     else:
-        linears = [name for name in inside if _matches(config.target_modules, name)]
+        linears = [name for name in inside if matches(config.target_modules, name)]
         _check_linears(config.target_modules, linears, inside)
     for name in linears:
         if any(_is_inside(name, block) for block in blocks):
@@ -79,12 +79,6 @@ def block_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 def _is_inside(name: str, root: str) -> bool:
     return not root or name == root or name.startswith(f"{root}.")
-
-
-def _matches(patterns: list[str] | str, name: str) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
 def _language_model_name(model: nn.Module) -> str:
@@ -156,8 +150,9 @@ def _linears_below(module: nn.Module) -> list[str]:
 
 
 def _check_blocks(patterns: list[str] | str, blocks: list[str], inside: dict[str, nn.Module]) -> None:
+    check_names("MoleConfig.expert_modules", patterns, inside, where="module of the language model")
     if not blocks:
-        raise UserError(f"MoleConfig.expert_modules={patterns!r} matches no module of the language model.")
+        raise UserError("MoleConfig.expert_modules is empty, so there is nothing to route; leave it out for the MLPs.")
     for name in blocks:
         if not block_linears(inside[name]):
             raise UserError(
@@ -167,8 +162,7 @@ def _check_blocks(patterns: list[str] | str, blocks: list[str], inside: dict[str
 
 
 def _check_linears(patterns: list[str] | str, linears: list[str], inside: dict[str, nn.Module]) -> None:
-    if patterns and not linears:
-        raise UserError(f"MoleConfig.target_modules={patterns!r} matches no module of the language model.")
+    check_names("MoleConfig.target_modules", patterns or [], inside, where="module of the language model")
     for name in linears:
         if not isinstance(inside[name], LINEARS):
             raise UserError(

@@ -38,6 +38,7 @@ from mllm.moma.context import MomaContext
 from mllm.moma.depth import attend_chosen
 from mllm.moma.expert_choice import MODES, AuxiliaryRouter, ChoiceRouter, ExpertChoice, auxiliary_loss, mean_over_ranks
 from mllm.moma.places import PlaceEmbeddings, places
+from mllm.names import check_keys
 from mllm.routing import (
     BALANCE_LOSSES,
     BalanceWindow,
@@ -275,12 +276,18 @@ class MomaPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which lets every weight learn; auxiliary routers learn in their stage only."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        """As transformers', but weights missing or left over are a UserError, unless `output_loading_info` is set.
+
+        There every weight learns; here auxiliary routers learn in their stage only.
+        """
+        asks = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if not asks:
+            check_keys(f"The checkpoint {args[0]}", cls.__name__, info)
+        for module in model.modules():
             if isinstance(module, AuxiliaryRouter):
                 module.requires_grad_(False)
-        return loaded
+        return (model, info) if asks else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

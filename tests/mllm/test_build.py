@@ -8,25 +8,34 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CohereConfig,
     CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from mllm.build import build, fingerprint, load, write_base_card
 from mllm.errors import UserError
+from mllm.mole import MoleConfig
 from mllm.precision import suitable
 from tests.tiny import (
     TOWER_CFG,
@@ -317,6 +326,42 @@ def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_weight_that_llava_has_no_place_for_is_refused_by_name(tmp_path):
+    model, processor = tiny_llava()
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()} | {"lm_head.bias": torch.ones(4)}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"1 weight \(lm_head.bias\)"):
+        load(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path):
+    model, processor = tiny_llava()
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=weights | {"lm_head.weight": torch.ones(4, 4)})
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lm_head"):
+        load(tmp_path)
+
+
+def test_a_language_model_that_lacks_weights_is_refused_by_name(tmp_path):
+    model = tiny_language_model()
+    weights = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"lacks 3 weights .model\.layers\.1\.mlp"):
+        build(tiny_tower(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_language_model_takes_the_attention_asked_for(folder, name):
+    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=name)
+    assert model.config.text_config._attn_implementation == name
+    again, processor = load(folder)
+    again.set_attn_implementation(name)
+    torch.testing.assert_close(logits(again, processor), logits(load(folder)[0], processor))
+
+
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +430,45 @@ def test_adapter_with_keys_missing_is_refused(folder, tmp_path):
         load(folder, adapter=tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["lora", "mole"])
+def test_adapter_with_keys_left_over_is_refused_by_name(folder, tmp_path, kind):
+    config = MoleConfig(r=2) if kind == "mole" else peft.LoraConfig(r=2, target_modules=["q_proj"])
+    adapted = peft.get_peft_model(load(folder)[0], config)
+    adapted.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    extra = {k.replace("layers.1.", "layers.9."): v.clone() for k, v in weights.items() if "layers.1." in k}
+    save_file(weights | extra, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"without a place: {len(extra)} weights \(.*layers\.9"):
+        load(folder, adapter=tmp_path)
+
+
+def test_adapter_that_lacks_a_module_trained_in_full_is_refused_by_name(folder, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    peft.get_peft_model(load(folder)[0], config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "linear_2" not in k}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"multi_modal_projector\.linear_2"):
+        load(folder, adapter=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "mole"])
+@pytest.mark.parametrize(("change", "told"), [({"top_kk": 1}, "top_kk"), ({"peft_type": "MOEL"}, "MOEL")])
+def test_a_field_or_method_that_is_not_known_is_refused_by_name(folder, tmp_path, kind, change, told):
+    config = MoleConfig(r=2) if kind == "mole" else peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(load(folder)[0], config).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=rf"adapter_config\.json.*{told}"):
+        load(folder, adapter=tmp_path)
+
+
+def test_adapter_whose_start_changes_the_base_is_refused_by_name(folder, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    peft.get_peft_model(load(folder)[0], config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pissa_niter_4.*changes 2 frozen weights"):
+        load(folder, adapter=tmp_path)
+
+
 def test_missing_adapter_is_named(folder):
     with pytest.raises(UserError, match="no/such/adapter"):
         load(folder, adapter="no/such/adapter")
@@ -436,3 +520,21 @@ def test_a_fingerprint_knows_another_projector_only_when_asked(llava):
         assert fingerprint(model, with_projector=True) != whole
     finally:
         weight.data = before
+
+
+MISFITS = {
+    "a head with a bias": (PhiForCausalLM, PhiConfig, {}, "lm_head.bias"),
+    "a cap on its logits": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 8}, "not a plain linear map"),
+    "narrower embeddings": (OPTForCausalLM, OPTConfig, {"word_embed_proj_dim": 16}, "lm_head.weight"),
+    "no attention": (MambaForCausalLM, MambaConfig, {}, "cannot read a picture"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_language_model_that_llava_cannot_hold_is_refused(name):
+    kind, config, fields, told = MISFITS[name]
+    language_model = kind(config(vocab_size=320, **{**SMALL, **fields})).eval()
+    if name == "a head with a bias":
+        torch.nn.init.ones_(language_model.lm_head.bias)
+    with pytest.raises(UserError, match=told):
+        build(tiny_tower(), language_model, tokenizer=tiny_tokenizer())

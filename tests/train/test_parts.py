@@ -96,6 +96,89 @@ def test_a_wrong_adapter_section_is_refused_by_key(adapter, message):
         adapter_config(ModelSection(path="base", adapter=adapter))
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.language_model.embed_tokens.modules_to_save.default.weight", "embeddings"),
+        ("model.language_model.embed_tokens.lora_embedding_A.default", "embeddings"),
+        ("lm_head.lora_A.default.weight", "embeddings"),
+        ("model.vision_tower.visual.transformer.resblocks.0.attn.in_proj_weight", "tower"),
+        ("model.multi_modal_projector.linear_1.lora_A.default.weight", "projector"),
+        ("model.language_model.layers.0.post_attention_layernorm.modules_to_save.default.weight", "other"),
+        ("model.language_model.layers.0.self_attn.q_norm.weight", "attention"),
+        ("model.language_model.layers.0.mlp.up_proj.base_layer.bias", "other"),
+        ("model.language_model.layers.0.mlp.gate_proj.lora_A.default.weight", "experts"),
+        ("model.language_model.h.0.attention.dense.lora_A.default.weight", "attention"),
+        ("model.language_model.layers.0.mlp.mole_router.default.router.weight", "router"),
+    ],
+)
+def test_a_part_is_told_by_the_module_that_holds_a_weight(name, part):
+    assert part_of(f"base_model.model.{name}") == part
+
+
+def test_what_llava_never_reads_of_a_trained_tower_is_frozen_and_saved_all_the_same(folder, tmp_path):
+    adapter = "{type: lora, r: 2, modules_to_save: [multi_modal_projector, vision_tower]}"
+    config = load(folder, f"model.adapter={adapter}")
+    model, processor = build_model(config)
+    tower = {name for name, _ in trained(model) if part_of(name) == "tower"}
+    assert any("resblocks.0" in name for name in tower)
+    assert not any("resblocks.1" in name or "ln_post" in name for name in tower)
+    card = base_card(model, config.model.path, processor)
+    write_adapter(tmp_path / "adapter", model, gather_adapter(model), base_card=card)
+    mllm.load(config.model.path, adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ({"target_modules": "all-linear"}, "never called.*out_proj"),
+        ({"target_modules": ["q_proj", "v_porj"]}, "target_modules: 'v_porj'.*nearest: v_proj"),
+        ({"target_modules": r".*self_attn\.(q_proj|v_porj)"}, "target_modules: 'v_porj'"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokn"]}, "modules_to_save.*nearest: embed_tokens"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["o_porj"]}, "exclude_modules: 'o_porj'.*nearest: o_proj"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, "layers_to_transform: there is no layer 7"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layrs"},
+            "layers_pattern: 'layrs'.*nearest: layers",
+        ),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 3}}, "rank_pattern: 'k_proj'"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_porj": 3}}, "alpha_pattern: 'q_porj'.*nearest: q_proj"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [999]}, "trainable_token_indices: 999 is no token"),
+        ({"target_modules": [], "target_parameters": ["q_proj.weigth"]}, "target_parameters.*nearest: q_proj.weight"),
+    ],
+    ids=str,
+)
+def test_what_matches_nothing_or_never_learns_is_refused_by_name(folder, adapter, told):
+    config = load(folder)
+    config.model.adapter = {"type": "lora", "r": 2} | adapter
+    with pytest.raises(UserError, match=told):
+        build_model(config)
+
+
+def test_a_start_that_changes_frozen_weights_is_refused_even_where_its_name_is_known(folder, monkeypatch):
+    monkeypatch.setattr("train.parts.LORA_STARTS", (True, "olora"))
+    config = load(folder)
+    config.model.adapter = {"type": "lora", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": "olora"}
+    with pytest.raises(UserError, match=r"olora.*changes 2 frozen weights"):
+        build_model(config)
+
+
+@pytest.mark.parametrize(
+    "more", ["modules_to_save: [multi_modal_projector, embed_tokens]", "trainable_token_indices: [5]", "bias: all"]
+)
+def test_a_second_stage_loads_on_the_base_of_the_first(folder, tmp_path, more):
+    config, start = load(folder, f"model.adapter={{type: lora, r: 2, {more}}}"), tmp_path / "first"
+    for name in ("first", "second"):
+        model, processor = build_model(config)
+        card = base_card(model, config.model.path, processor)
+        with torch.no_grad():
+            for _, weight in trained(model):
+                weight.add_(0.01)
+        write_adapter(tmp_path / name, model, gather_adapter(model), base_card=card)
+        config = load(folder, "model.adapter=null", f"model.start_from={start}")
+    mllm.load(config.model.path, adapter=tmp_path / "second")
+
+
 def test_a_saved_adapter_loads_with_the_trained_values(folder, tmp_path):
     config = load(folder)
     model, processor = build_model(config)

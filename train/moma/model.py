@@ -25,6 +25,7 @@ from mllm.moma import (
 )
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
+from mllm.names import check_keys
 from train.fields import checked_fields
 from train.moma.config import MomaModelSection, MomaTrainConfig
 
@@ -170,7 +171,10 @@ def upcycled(section: MomaModelSection, processor: MomaProcessor) -> MomaForCaus
     if kind_of(section.start_from) == MomaConfig.model_type:
         seed = MomaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
     else:
-        llama = LlamaForCausalLM.from_pretrained(section.start_from, use_safetensors=True)
+        llama, info = LlamaForCausalLM.from_pretrained(
+            section.start_from, use_safetensors=True, output_loading_info=True
+        )
+        check_keys(f"The language model {section.start_from}", "LlamaForCausalLM", info)
         seed = from_language_model(llama, **vocabulary(processor))
     return upcycle(seed, **settings)
 

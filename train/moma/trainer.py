@@ -24,7 +24,7 @@ from train.moma.config import MomaTrainConfig
 from train.moma.model import MODEL, gather_model, write_model
 from train.parts import parameter_groups
 from train.ranks import summed
-from train.trainer import StageTrainer
+from train.trainer import Learning, StageTrainer
 
 
 class NewStep(TrainerCallback):
@@ -56,6 +56,7 @@ class MomaTrainer(StageTrainer):
         self.core: MomaForCausalLM = self.model
         self.core.balance_window = BalanceWindow()
         self.add_callback(NewStep(self.core.balance_window))
+        self.add_callback(Learning(self.core, self.args.device))
         self._clear()
 
     def _clear(self) -> None:
@@ -81,7 +82,7 @@ class MomaTrainer(StageTrainer):
         return DataLoader(self.train_dataset, batch_sampler=order)  # rows lie in memory: no process need read them
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; `optim.part_lr` can give routers, attention, and all the rest ("experts") rates of their own."""
+        """AdamW; `optim.part_lr` can give router, attention, experts, embeddings and other rates of their own."""
         if self.optimizer is None:
             optim = self.config.optim
             groups = parameter_groups(model or self.model, optim)

@@ -50,7 +50,7 @@ def test_the_folder_holds_router_weights_only(tmp_path):
         (lambda: tiny_mole(num_experts=4), "weight is of shape .3, 16., the model's of .4, 16."),
         (lambda: moved(tiny_mole()).model, "layers.2.mlp.weight was aligned from other weights"),
         (lambda: tiny_mole(router_input="linear"), "holds a router of layers.2.mlp, but"),
-        (lambda: tiny_mole(modality_prior=True), "layers.2.mlp.prior is in the routers of one"),
+        (lambda: tiny_mole(modality_prior=True), "lacking layers.2.mlp.prior"),
         (lambda: prepare(tiny_moe("olmoe", num_hidden_layers=3)), "of a MOLE adapter, the model's are of a native"),
     ],
     ids=["experts", "weights", "layers", "prior", "kind"],
