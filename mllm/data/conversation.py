@@ -1,15 +1,17 @@
 """One training or test sample: turns of text with the places of its pictures, checked as it is read."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mllm.data.images import missing_image
-from mllm.errors import UserError
+from mllm.errors import RowError, UserError
 
 IMAGE_PLACE = "<image>"  # LLaVA's mark in a turn's text: the k-th mark is the place of the k-th picture
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -63,14 +65,14 @@ class Conversation:
             allow_outside_root: whether absolute paths and `..` are let through.
 
         Raises:
-            UserError: turns do not alternate or end without an answer, an empty text, `<image>` marks and pictures
-                differ in number, a path outside the root. `ImageError`, if a picture's file is missing.
+            UserError: turns do not alternate or end without an answer, an empty text, half a character, `<image>` marks
+                and pictures differ in number, a path outside the root. `ImageError`, if a picture's file is missing.
         """
         if not isinstance(record, Mapping):
             raise UserError(f"{where}: expected a record like {{…}}, got {type(record).__name__}.")
         identity = str(record.get("id", ""))
         if identity:
-            where = f"{where} (id {identity})"
+            where = f"{where} (id {identity:.80})"
         turns = _read_turns(record, where)
         images = _read_images(record, Path(image_root), where, allow_outside_root)
         _check_image_places(turns, len(images), where)
@@ -79,7 +81,7 @@ class Conversation:
                 if not os.path.isfile(path):
                     raise missing_image(path, where)
         source = source or _optional_text(record, "source", where) or "unnamed"
-        return cls(
+        conversation = cls(
             id=identity,
             turns=turns,
             images=images,
@@ -90,12 +92,33 @@ class Conversation:
             qtype=_optional_text(record, "qtype", where),
             where=where,
         )
+        check_turns(turns, where)
+        named = (identity, source, conversation.domain, conversation.metric, conversation.qtype, *conversation.answers)
+        for text in filter(None, named):
+            check_whole(text, where)
+        return conversation
 
     @property
     def question(self) -> str:
         """The last question, without its `<image>` marks."""
         text = next(turn.text for turn in reversed(self.turns) if turn.role == "user")
         return text.replace(IMAGE_PLACE, "").strip()
+
+
+def check_turns(turns: Sequence[Turn], where: str) -> None:
+    """Raises RowError for a turn that holds half a character pair."""
+    for number, turn in enumerate(turns, 1):
+        check_whole(turn.text, f"{where}, turn {number}")
+
+
+def check_whole(text: str, where: str) -> None:
+    """Raises RowError for half a character pair, which JSON can write and neither a tokenizer nor a file can take."""
+    half = _HALF_PAIR.search(text)
+    if half:
+        raise RowError(
+            f"{where}: {half.group()} is half of a character, as cut text leaves behind, in"
+            f" {text[max(0, half.start() - 30) : half.end()]!r}. Mend or drop it."
+        )
 
 
 def _read_turns(record: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
@@ -161,12 +184,13 @@ def _read_images(record: Mapping[str, Any], image_root: Path, where: str, allow_
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{where}: expected `image` to be a path or a list of paths, got {value!r:.60}.")
     for name in names:
+        check_whole(name, where)
         if "://" in name or name.startswith("data:"):
             raise UserError(f"{where}: image {name:.80} is a URL; only files under the image root are read.")
         path = PurePosixPath(name)
         if not allow_outside_root and (path.is_absolute() or ".." in path.parts):
             raise UserError(
-                f"{where}: image {name} lies outside the image root {image_root}. Make it relative to the root, "
+                f"{where}: image {name:.200} lies outside the image root {image_root}. Make it relative to the root, "
                 "or set `allow_outside_root: true` for this source."
             )
     return tuple(image_root / name for name in names)

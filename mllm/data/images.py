@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mllm.errors import UserError
+from mllm.errors import RowError
 
 Image.init()
 # Decoders that only decode: EPS, for one, starts an outside program. Some builds of Pillow lack some of them.
@@ -15,8 +15,16 @@ FORMATS = [
 MAX_PIXELS = 90_000_000  # about 9500 x 9500; a larger picture is taken for a decompression bomb
 
 
-class ImageError(UserError):
-    """A picture that is missing, unreadable or too large. A mixture with `bad_images: skip` may replace its row."""
+class ImageError(RowError):
+    """A picture that is missing, unreadable, too large or too thin."""
+
+    reason = "picture"
+
+
+class MissingImageError(ImageError):
+    """A picture's file that is not there."""
+
+    reason = "missing picture"
 
 
 def open_image(path: str | Path, *, where: str) -> Image.Image:
@@ -51,9 +59,11 @@ def open_image(path: str | Path, *, where: str) -> Image.Image:
         ) from error
 
 
-def missing_image(path: str | Path, where: str) -> ImageError:
+def missing_image(path: str | Path, where: str) -> MissingImageError:
     """The error for a file that does not exist."""
-    return ImageError(f"{where}: no image file {path}. Check the record's `image` and the source's `image_root`.")
+    return MissingImageError(
+        f"{where}: no image file {path!s:.300}. Check the record's `image` and the source's `image_root`."
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

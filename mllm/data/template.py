@@ -6,7 +6,9 @@ second tokenisation that could disagree with the first. N pictures, S tokens, H 
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +18,9 @@ from rich.text import Text
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
+from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn, check_turns
 from mllm.data.images import open_image
-from mllm.errors import UserError
+from mllm.errors import TooLongError, UserError
 
 IGNORED = -100  # label of a token that is not supervised
 ANSWER = "\ue000answer\ue001"  # stands for an answer while the template is rendered; private-use characters
@@ -146,6 +148,7 @@ class ConversationEncoder:
 
     Attributes:
         stop_token_id: the token that ends every answer in training; generation is to stop at it.
+        image_tokens: how many stand for a picture; every picture gets the tower's size, so all have as many.
     """
 
     def __init__(self, processor: ProcessorMixin, max_length: int | None = None) -> None:
@@ -164,10 +167,13 @@ class ConversationEncoder:
         self.max_length = max_length
         self.template = ChatTemplate(processor)
         self.stop_token_id = self._find_stop_token()
-        self._no_pixels = torch.zeros_like(blank_pixels(processor)[:0])
+        blank = blank_pixels(processor)
+        self._no_pixels = torch.zeros_like(blank[:0])
+        place = processor.replace_image_token({"pixel_values": blank}, image_idx=0)
+        self.image_tokens = place.count(processor.image_token)
 
-    def encode(self, conversation: Conversation) -> dict[str, Any]:
-        """A training sample.
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image] | None = None) -> dict[str, Any]:
+        """A training sample; `images` are its pictures where they are open already.
 
         Returns:
             input_ids, labels, attention_mask: int64 `[S]`; labels are -100 but for the answers and what ends them.
@@ -175,10 +181,10 @@ class ConversationEncoder:
             domain, where: the conversation's own, for statistics and messages.
 
         Raises:
-            UserError: more than `max_length` tokens, nothing supervised, or pictures and places differ in number;
-                `ImageError` for a picture that cannot be read. Each names the row.
+            UserError: nothing supervised, half a character, or pictures and places differ in number; `TooLongError`
+                for more than `max_length` tokens, `ImageError` for a picture that cannot be read. Each names the row.
         """
-        sample = self._encode(conversation, conversation.turns)
+        sample = self._encode(conversation, conversation.turns, images)
         if not (sample["labels"] != IGNORED).any():
             raise UserError(f"{conversation.where}: no token is supervised; the row has no answer to learn from.")
         return sample
@@ -197,6 +203,7 @@ class ConversationEncoder:
 
         Turns that end with the user's are made ready for an answer. Raises UserError as `encode` does.
         """
+        check_turns(turns, where)
         segments = self.template.segments(turns, where=where)
         pixel_values, segments = self._place_images(segments, images, where)
         input_ids, labels = self._tokenize(segments)
@@ -208,6 +215,28 @@ class ConversationEncoder:
             "attention_mask": attention_mask,
             "pixel_values": pixel_values,
         }
+
+    def measure(self, conversation: Conversation) -> int:
+        """Tokens of its sample, too long or not, told without reading a picture. Raises UserError as `encode` does."""
+        check_turns(conversation.turns, conversation.where)
+        segments = self.template.segments(conversation.turns, where=conversation.where)
+        places = sum(segment.text.count(self.processor.image_token) for segment in segments)
+        return len(self._tokenize(segments)[0]) + places * (self.image_tokens - 1)
+
+    def shortened(self, conversation: Conversation) -> Conversation:
+        """The conversation without its last turns, as many as need be, and without the pictures in them.
+
+        Raises TooLongError where even the first answer does not fit.
+        """
+        ends = [number for number, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
+        beginnings = [_beginning(conversation, end) for end in ends]
+        fitting = bisect_right(beginnings, self.max_length, key=self.measure)
+        if not fitting:
+            raise TooLongError(
+                f"{conversation.where}: {self.measure(beginnings[0])} tokens up to the end of the first answer, more"
+                f" than max_length {self.max_length}. Raise it, shorten the row or drop it."
+            )
+        return beginnings[fitting - 1]
 
     def show(self, sample: dict[str, Any]) -> Text:
         """The decoded sample for the eye: the supervised span green and underlined, image tokens as one mark."""
@@ -237,8 +266,11 @@ class ConversationEncoder:
             raise UserError(f"The end of an answer, {closing!r}, must be one token of the tokenizer, not {len(ids)}.")
         return ids[0]
 
-    def _encode(self, conversation: Conversation, turns: Sequence[Turn]) -> dict[str, Any]:
-        images = [open_image(path, where=conversation.where) for path in conversation.images]
+    def _encode(
+        self, conversation: Conversation, turns: Sequence[Turn], images: Sequence[Image.Image] | None = None
+    ) -> dict[str, Any]:
+        if images is None:
+            images = [open_image(path, where=conversation.where) for path in conversation.images]
         sample = self.encode_turns(turns, images, where=conversation.where)
         return sample | {"domain": conversation.domain, "where": conversation.where}
 
@@ -293,11 +325,22 @@ class ConversationEncoder:
                 f"{where}: {expected} image tokens were placed but the tokenizer gives {num_image}; "
                 f"{self.processor.image_token} must be a special token of the tokenizer."
             )
-        if self.max_length is not None and len(input_ids) > self.max_length:
-            raise UserError(
-                f"{where}: {len(input_ids)} tokens ({num_image} of them image tokens), more than max_length "
-                f"{self.max_length}. Raise it, shorten the row or drop it."
+        self.check_length(len(input_ids), num_image, where)
+
+    def check_length(self, tokens: int, image_tokens: int, where: str) -> None:
+        """Raises TooLongError for more tokens than `max_length`."""
+        if self.max_length is not None and tokens > self.max_length:
+            raise TooLongError(
+                f"{where}: {tokens} tokens ({image_tokens} of them image tokens), more than max_length"
+                f" {self.max_length}. Raise it, shorten the row or drop it."
             )
+
+
+def _beginning(conversation: Conversation, end: int) -> Conversation:
+    """Its first turns, and the pictures in them."""
+    turns = conversation.turns[:end]
+    num_images = sum(turn.text.count(IMAGE_PLACE) for turn in turns)
+    return replace(conversation, turns=turns, images=conversation.images[:num_images])
 
 
 def blank_pixels(processor: ProcessorMixin) -> Tensor:
