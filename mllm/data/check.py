@@ -196,7 +196,7 @@ class _RowCheck(Dataset[_Finding]):
                     if not os.path.isfile(path):
                         raise missing_image(path, conversation.where)
                 elif self.encoder is not None or path not in self._decoded:
-                    images.append(open_image(path, where=conversation.where))
+                    images.append((self.encoder.open if self.encoder else open_image)(path, where=conversation.where))
                     if self.hashes and path not in self._decoded:
                         finding.pictures[str(path)] = picture_hash(images[-1])
                     self._decoded.add(path)

@@ -9,6 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn, check_turns
-from mllm.data.images import open_image
+from mllm.data.images import fit_image, open_image, picture_side
 from mllm.errors import TooLongError, UserError
 
 IGNORED = -100  # label of a token that is not supervised
@@ -216,6 +217,10 @@ class ConversationEncoder:
             "pixel_values": pixel_values,
         }
 
+    def open(self, path: str | Path, *, where: str) -> Image.Image:
+        """A picture as large as it is needed. Raises ImageError as `open_image` does."""
+        return open_image(path, where=where, at_least=picture_side(self.processor.image_processor))
+
     def measure(self, conversation: Conversation) -> int:
         """Tokens of its sample, too long or not, told without reading a picture. Raises UserError as `encode` does."""
         check_turns(conversation.turns, conversation.where)
@@ -270,7 +275,7 @@ class ConversationEncoder:
         self, conversation: Conversation, turns: Sequence[Turn], images: Sequence[Image.Image] | None = None
     ) -> dict[str, Any]:
         if images is None:
-            images = [open_image(path, where=conversation.where) for path in conversation.images]
+            images = [self.open(path, where=conversation.where) for path in conversation.images]
         sample = self.encode_turns(turns, images, where=conversation.where)
         return sample | {"domain": conversation.domain, "where": conversation.where}
 
@@ -286,7 +291,9 @@ class ConversationEncoder:
             )
         if not images:
             return self._no_pixels, segments
-        processed = self.processor.image_processor(list(images), return_tensors="pt")
+        image_processor = self.processor.image_processor
+        fitted = [fit_image(image, image_processor, where=where) for image in images]
+        processed = image_processor(fitted, return_tensors="pt")
         tokens = [self.processor.replace_image_token(processed, image_idx=index) for index in range(len(images))]
         texts, _ = self.processor.get_text_with_replacements([segment.text for segment in segments], tokens)
         expanded = [Segment(text, segment.supervised) for text, segment in zip(texts, segments, strict=True)]

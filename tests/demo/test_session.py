@@ -4,7 +4,9 @@ import itertools
 import json
 import threading
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from demo.session import ChatSession, Message, load_examples
 from mllm.data.conversation import Conversation, Turn
@@ -84,6 +86,15 @@ def test_the_model_reads_a_conversation_as_in_training(chat, pictures):
     trained = ConversationEncoder(chat.processor).encode_prompt(row)
     ask(chat, *messages, max_new_tokens=1)
     assert chat.talker.prompts == [trained["input_ids"].tolist()]
+    assert chat.talker.pictures[0].equal(trained["pixel_values"])
+
+
+def test_a_large_photograph_is_read_as_in_training(chat, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.jpg")
+    row = Conversation("1", (Turn("user", "<image>\nWhat?"), Turn("assistant", "red")), (tmp_path / "photo.jpg",))
+    ask(chat, Message("user", "What?", row.images), max_new_tokens=1)
+    trained = ConversationEncoder(chat.processor).encode_prompt(row)
     assert chat.talker.pictures[0].equal(trained["pixel_values"])
 
 
