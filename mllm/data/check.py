@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm.data.conversation import Conversation
 from mllm.data.encoded import BadRow, bad_row
+from mllm.data.formats import EmbeddedImage
 from mllm.data.images import ImageError, missing_image, open_image
 from mllm.data.mixture import Mixture
 from mllm.data.overlap import overlap, picture_hash
@@ -47,6 +48,7 @@ class CheckReport:
     longest: int | None = None  # tokens, image tokens included
     longest_where: str | None = None
     max_length: int | None = None
+    notes: list[str] = field(default_factory=list)  # of rows that can be used, but not all of them
     sizes: list[Sizes] = field(default_factory=list)  # of each row
     pictures: dict[str, bytes] = field(default_factory=dict)  # file -> perceptual hash, see overlap.py
     twins: list[list[int]] = field(default_factory=list)  # groups of rows with the same turns and pictures
@@ -81,7 +83,7 @@ class CheckReport:
             theirs = {other for _, other in pairs}
             lines.append(f"{len(theirs)} pictures of {name} look like one of these" + (":" if pairs else ""))
             lines += [f"  {other} like {ours}" for ours, other in pairs[:NAMED]]
-        return "\n".join([*lines, *(row.error for row in self.bad)])
+        return "\n".join([*lines, *self.notes, *(row.error for row in self.bad)])
 
     def write(self, path: str | Path) -> None:
         """Writes the bad rows as JSONL: {index, source, reason, error, …}."""
@@ -120,6 +122,8 @@ def check_mixture(
                 report.bad.append(bad_row(mixture, index, finding.error))
             if finding.cut is not None:
                 report.cut.append(bad_row(mixture, index, finding.cut, cut=True))
+            if finding.note:
+                report.notes.append(finding.note)
             report.pictures |= finding.pictures
             if finding.content:
                 alike.setdefault(finding.content, []).append(index)
@@ -144,6 +148,7 @@ class _Finding:
     error: UserError | None = None
     cut: UserError | None = None
     sizes: Sizes = NO_SIZES
+    note: str = ""
     content: bytes = b""  # of turns and names of pictures: a hash
     pictures: dict[str, bytes] = field(default_factory=dict)
 
@@ -162,7 +167,7 @@ class _RowCheck(Dataset[_Finding]):
             self.unbounded.max_length = None
         self.decode = decode
         self.hashes = hashes
-        self._decoded: set[Path] = set()
+        self._decoded: set[Path | EmbeddedImage] = set()
 
     def all(self) -> Iterator[_Finding]:
         takes_time = self.decode or self.encoder is not None
@@ -178,6 +183,10 @@ class _RowCheck(Dataset[_Finding]):
         try:
             conversation = self.mixture.read(index, check_files=False)
             finding.where = conversation.where
+            if getattr(conversation, "opening_dropped", False):
+                finding.note = (
+                    f"{conversation.where}: begins with a turn of the assistant, to no question; it is left out."
+                )
             content = repr((conversation.turns, conversation.images)).encode()
             finding.content = hashlib.blake2b(content, digest_size=12).digest()
             images = self._pictures(conversation, finding)
@@ -193,7 +202,7 @@ class _RowCheck(Dataset[_Finding]):
         for path in conversation.images:
             try:
                 if not self.decode:
-                    if not os.path.isfile(path):
+                    if not isinstance(path, EmbeddedImage) and not os.path.isfile(path):
                         raise missing_image(path, conversation.where)
                 elif self.encoder is not None or path not in self._decoded:
                     images.append((self.encoder.open if self.encoder else open_image)(path, where=conversation.where))

@@ -1,5 +1,6 @@
 """Picture files to 8-bit RGB, with every way a file can be bad turned into one error that names row and file."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,13 @@ class MissingImageError(ImageError):
     reason = "missing picture"
 
 
-def open_image(path: str | Path, *, where: str, at_least: int | None = None) -> Image.Image:
+def open_image(path: str | Path | bytes, *, where: str, at_least: int | None = None) -> Image.Image:
     """Reads a picture as upright 8-bit RGB.
 
     Transparent parts come out white; deep greys are scaled to 8 bits, see `to_rgb`.
 
     Args:
-        path: the file; its content, not its suffix, tells the format.
+        path: the file, or its content, which tells the format and not its suffix.
         where: the row that asks for it, for the error message.
         at_least: pixels that the short side is needed to have, see `picture_side`. A JPEG is then decoded at a half, a
             quarter or an eighth of its size, as long as so many are left; nothing is made larger.
@@ -46,7 +47,7 @@ def open_image(path: str | Path, *, where: str, at_least: int | None = None) -> 
         ImageError: the file is missing, truncated, not a picture, or has more than `MAX_PIXELS` pixels.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     f"{where}: image {path} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} "

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch.utils.data import Dataset
 
 from mllm.data.conversation import Conversation
+from mllm.data.formats import COLUMNS
 from mllm.data.sources import Source
 from mllm.errors import TooLongError, UserError
 
@@ -49,12 +50,13 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: Path  # LLaVA JSON or JSONL
+    path: Path  # JSON or JSONL, see mllm/data/formats.py
     image_root: Path | None = None  # default: the file's own folder
     name: str | None = None  # default: each record's `source`, or else the file's name
     domain: str | None = None  # default: each record's `domain`, or else its source
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # how often each row is drawn in an epoch, on average
     allow_outside_root: bool = False  # whether pictures may lie outside `image_root`
+    columns: dict[Literal[COLUMNS], str] | None = None  # e.g. {question: prompt}: how the file calls what we call so
 
 
 class MixtureConfig(BaseModel):
@@ -115,6 +117,7 @@ class Mixture(Dataset[Conversation]):
                         name=entry.name,
                         domain=entry.domain,
                         allow_outside_root=entry.allow_outside_root,
+                        columns=entry.columns,
                         keep_bad=config.bad_rows == "skip" if keep_bad is None else keep_bad,
                     )
                 )

@@ -4,7 +4,7 @@ compressed with gzip."""
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Source(Sequence[Conversation]):
         allow_outside_root: bool = False,
         check_files: bool = True,
         keep_bad: bool = False,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +58,7 @@ class Source(Sequence[Conversation]):
             check_files: whether taking a row looks that its pictures exist; a reader of text alone needs none.
             keep_bad: whether records that cannot be used are kept as rows, listed in `bad`, instead of refusing the
                 file.
+            columns: our names of columns (question, answer, image …) -> the file's, where they differ.
 
         Raises:
             UserError: no such file or folder, no file of records, malformed JSON (with line and column), no
@@ -68,6 +70,7 @@ class Source(Sequence[Conversation]):
         self.domain = domain
         self.allow_outside_root = allow_outside_root
         self.check_files = check_files
+        self.columns = columns
         if check_files and not self.image_root.is_dir():
             raise UserError(f"{self.path}: image root {self.image_root} is not a folder.")
         lines: list[bytes] = []
@@ -139,7 +142,7 @@ class Source(Sequence[Conversation]):
                 before = own
 
     def _conversation(self, record: Any, row: int, *, check_files: bool) -> Conversation:
-        has_name = isinstance(record, dict) and record.get("source")
+        has_name = isinstance(record, dict) and record.get((self.columns or {}).get("source", "source"))
         return Conversation.from_record(
             record,
             image_root=self.image_root,
@@ -148,6 +151,7 @@ class Source(Sequence[Conversation]):
             domain=self.domain,
             check_files=check_files,
             allow_outside_root=self.allow_outside_root,
+            columns=self.columns,
         )
 
 

@@ -217,7 +217,7 @@ class ConversationEncoder:
             "pixel_values": pixel_values,
         }
 
-    def open(self, path: str | Path, *, where: str) -> Image.Image:
+    def open(self, path: str | Path | bytes, *, where: str) -> Image.Image:
         """A picture as large as it is needed. Raises ImageError as `open_image` does."""
         return open_image(path, where=where, at_least=picture_side(self.processor.image_processor))
 

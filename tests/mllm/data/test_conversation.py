@@ -70,8 +70,8 @@ BAD_RECORDS = {
     ),
     "mark without picture": (record("<image>", "x"), r"more <image> marks \(1\) than pictures \(0\)"),
     "fewer marks than pictures": (
-        record("look", "x", image="red.png"),
-        r"fewer <image> marks \(0\) than pictures \(1\)",
+        record("look <image>", "x", image=["red.png", "blue.png"]),
+        r"fewer <image> marks \(1\) than pictures \(2\)",
     ),
     "mark in an answer": (record("look", "<image>", image="red.png"), "<image> stands in an answer"),
     "unknown role": ({"conversations": [{"from": "cat", "value": "miaow"}]}, "expected `from` to be one of"),
