@@ -39,7 +39,7 @@ NO_SIZES = Sizes()
 
 @dataclass
 class CheckReport:
-    """What `check_mixture` found. Sizes are known only if it was given an encoder, pictures only if it hashed them."""
+    """What `check_mixture` found. Sizes are known only if an encoder had the pictures too, hashes only if asked for."""
 
     rows: int
     rows_of_source: dict[str, int]
@@ -104,9 +104,9 @@ def check_mixture(
 
     Args:
         encoder: also encodes each row, so that too long and unsupervised rows are found.
-        decode: also decodes pictures; without this they need only exist, and an encoder only measures.
+        decode: also decodes pictures; without this they need only exist, and an encoder looks at long rows alone.
         progress: whether to draw a progress bar.
-        hashes: also takes perceptual hashes of the pictures.
+        hashes: also takes perceptual hashes of the pictures, and looks for rows that repeat.
     """
     check = _RowCheck(mixture, encoder, decode, hashes)
     report = CheckReport(
@@ -127,7 +127,7 @@ def check_mixture(
             report.pictures |= finding.pictures
             if finding.content:
                 alike.setdefault(finding.content, []).append(index)
-            if encoder is not None:
+            if encoder is not None and decode:
                 report.sizes.append(finding.sizes)
                 if finding.sizes.tokens > (report.longest or 0):
                     report.longest, report.longest_where = finding.sizes.tokens, finding.where
@@ -187,8 +187,9 @@ class _RowCheck(Dataset[_Finding]):
                 finding.note = (
                     f"{conversation.where}: begins with a turn of the assistant, to no question; it is left out."
                 )
-            content = repr((conversation.turns, conversation.images)).encode()
-            finding.content = hashlib.blake2b(content, digest_size=12).digest()
+            if self.hashes:
+                content = repr((conversation.turns, conversation.images)).encode()
+                finding.content = hashlib.blake2b(content, digest_size=12).digest()
             images = self._pictures(conversation, finding)
             if self.encoder is not None:
                 self._measure(conversation, images, finding)
@@ -219,8 +220,9 @@ class _RowCheck(Dataset[_Finding]):
     def _measure(self, conversation: Conversation, images: list[Image.Image] | None, finding: _Finding) -> None:
         """Raises what training would raise. A row that `too_long: truncate` cuts is `cut` instead."""
         if images is None:
-            places = len(conversation.images) * self.encoder.image_tokens
-            sizes = Sizes(self.encoder.measure(conversation), places)
+            if self.encoder.surely_fits(conversation):
+                return
+            sizes = Sizes(self.encoder.measure(conversation), len(conversation.images) * self.encoder.image_tokens)
         else:
             sample = self.unbounded.encode(conversation, images)
             is_image = sample["input_ids"] == self.encoder.processor.image_token_id

@@ -9,6 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from mllm.errors import TooLongError, UserError
 IGNORED = -100  # label of a token that is not supervised
 ANSWER = "\ue000answer\ue001"  # stands for an answer while the template is rendered; private-use characters
 PROBE = "probe"
+PROBE_TURNS = (Turn("user", PROBE), Turn("assistant", PROBE))
 
 
 class Segment(NamedTuple):
@@ -227,6 +229,24 @@ class ConversationEncoder:
         segments = self.template.segments(conversation.turns, where=conversation.where)
         places = sum(segment.text.count(self.processor.image_token) for segment in segments)
         return len(self._tokenize(segments)[0]) + places * (self.image_tokens - 1)
+
+    def surely_fits(self, conversation: Conversation) -> bool:
+        """Whether it has no more than `max_length` tokens even if every byte is one; told without tokenising.
+
+        Of a tokenizer whose normaliser makes text longer it may be wrong: then the row is too long when it is encoded.
+        """
+        if self.max_length is None:
+            return True
+        text = sum(len(turn.text.encode("utf-8", "replace")) for turn in conversation.turns)
+        of_conversation, of_turn = self._tokens_of_template
+        template = of_conversation + len(conversation.turns) * of_turn
+        return text + template + len(conversation.images) * self.image_tokens <= self.max_length
+
+    @cached_property
+    def _tokens_of_template(self) -> tuple[int, int]:
+        """What the template adds to a conversation and to a turn, at most."""
+        once, twice = (self.measure(Conversation("", PROBE_TURNS * times)) for times in (1, 2))
+        return once, -(-(twice - once) // len(PROBE_TURNS))
 
     def shortened(self, conversation: Conversation) -> Conversation:
         """The conversation without its last turns, as many as need be, and without the pictures in them.

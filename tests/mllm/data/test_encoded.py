@@ -112,3 +112,14 @@ def test_half_a_character_is_refused_by_the_encoder_too(encoder, conversation):
     half = replace(conversation("Hello?", "hi"), turns=(Turn("user", "Hello?"), Turn("assistant", "caf\ud83d")))
     with pytest.raises(UserError, match=r"row 7, turn 2: \\ud83d is half of a character"):
         encoder.encode(half)
+
+
+def test_what_surely_fits_is_no_longer_than_allowed(processor, conversation):
+    for texts in (("Hello?", "hi"), ("a" * 60, "b" * 60, "é" * 20, "☺"), ("?", "x" * 200), ("<image> What?", "red")):
+        row = conversation(*texts, image="red.png" if "<image>" in texts[0] else None)
+        encoder = ConversationEncoder(processor)
+        length = encoder.measure(row)
+        fits = []
+        for encoder.max_length in range(8, 700):
+            fits += [encoder.max_length] * encoder.surely_fits(row)
+        assert length <= fits[0] <= length + sum(map(len, texts)) + 100
