@@ -241,9 +241,13 @@ def generate(
 
 
 def check_drawable(text: str, out: Path) -> None:
-    """Raises UserError for an empty text, and a file that no picture can be written to: before the model is read."""
+    """Raises UserError for a text that nobody can read, and a file that no picture can be written to: before the model
+    is read."""
+    from mllm.data.conversation import check_whole
+
     if not text.strip():
         raise UserError("--text is empty: say what the picture shows.")
+    check_whole(text, "--text")
     if out.suffix.lower() not in PICTURES or out.is_dir():
         raise UserError(f"--out {out}: expected a file {', '.join(PICTURES)}.")
     if not out.parent.is_dir():

@@ -44,7 +44,7 @@ class BadRows(TrainerCallback):
         new = dict(sorted(new.items()))
         self.known |= new
         if new and _is_first():
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
         skipped = [entry["error"] for entry in self.known.values() if entry["action"] == "skipped"]
         check_limit(self.mixture, skipped, f"up to step {step}; {self.path} lists them")
@@ -65,7 +65,7 @@ class BadRows(TrainerCallback):
         barrier()  # every rank has read
         if _is_first() and lines:
             text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-            self.path.write_text(text, encoding="utf-8")
+            self.path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_limit(mixture: Mixture, errors: list[str], when: str) -> None:

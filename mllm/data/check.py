@@ -23,7 +23,7 @@ from mllm.data.mixture import Mixture
 from mllm.data.overlap import overlap, picture_hash
 from mllm.data.sources import NAMED
 from mllm.data.template import IGNORED, ConversationEncoder
-from mllm.errors import TooLongError, UserError
+from mllm.errors import TooLongError, UserError, printable
 
 
 class Sizes(NamedTuple):
@@ -83,12 +83,12 @@ class CheckReport:
             theirs = {other for _, other in pairs}
             lines.append(f"{len(theirs)} pictures of {name} look like one of these" + (":" if pairs else ""))
             lines += [f"  {other} like {ours}" for ours, other in pairs[:NAMED]]
-        return "\n".join([*lines, *self.notes, *(row.error for row in self.bad)])
+        return printable("\n".join([*lines, *self.notes, *(row.error for row in self.bad)]))
 
     def write(self, path: str | Path) -> None:
         """Writes the bad rows as JSONL: {index, source, reason, error, …}."""
         text = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in self.bad)
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_mixture(

@@ -69,8 +69,16 @@ def figures(report: CheckReport, mixture: Mixture) -> dict[str, Any]:
         "twins": report.twins,
         "pictures": len(report.pictures),
         "same_pictures": same_pictures(report.pictures),
-        "overlap": {name: [list(pair) for pair in pairs] for name, pairs in report.overlap.items()},
+        "overlap": {name: _by_theirs(pairs) for name, pairs in report.overlap.items()},
     }
+
+
+def _by_theirs(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Picture of the evaluation -> those of ours that look like it."""
+    groups: dict[str, list[str]] = {}
+    for ours, theirs in pairs:
+        groups.setdefault(theirs, []).append(ours)
+    return groups
 
 
 def same_pictures(pictures: dict[str, bytes]) -> list[list[str]]:
@@ -86,7 +94,8 @@ def write_check(folder: Path, report: CheckReport, mixture: Mixture, encoder: Co
     folder.mkdir(parents=True, exist_ok=True)
     found = figures(report, mixture)
     report.write(folder / "bad_rows.jsonl")
-    (folder / "check.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    (folder / "check.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     template = (resources.files("mllm") / "assets" / "check.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
