@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mllm.data.conversation import IMAGE_PLACE
-from mllm.data.images import ImageError, open_image
+from mllm.data.images import ImageError, open_image, picture_side
 from mllm.data.sources import Source
 from mllm.errors import UserError
 from mllm.generate import stream
@@ -45,7 +45,7 @@ class ChatSession:
         if IMAGE_PLACE in question.text:
             raise UserError(f"{IMAGE_PLACE} marks a picture's place: attach the picture and leave the mark out.")
         for path in question.images:
-            _open(path)
+            self._open(path)
 
     def reply(
         self,
@@ -63,7 +63,7 @@ class ChatSession:
         Raises:
             UserError: a picture cannot be read, or the model cannot hold so long a conversation.
         """
-        images = [_open(path) for message in messages for path in message.images]
+        images = [self._open(path) for message in messages for path in message.images]
         text = ""
         with self._one_at_a_time:
             if stop.is_set():
@@ -82,6 +82,16 @@ class ChatSession:
                     text += delta
                     if text.strip() and not stop.is_set():
                         yield text.strip()
+
+    def _open(self, path: Path) -> Image.Image:
+        """A picture, read as training reads it."""
+        try:
+            return open_image(path, where="chat", at_least=picture_side(self.processor.image_processor))
+        except ImageError as error:
+            raise UserError(
+                f"The picture {path.name} cannot be read: it is damaged, not a picture, or too large. Attach another"
+                " one."
+            ) from error
 
 
 def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -122,12 +132,3 @@ def load_examples(path: str | Path, limit: int = 6) -> list[Message]:
     rounds = itertools.chain.from_iterable(itertools.zip_longest(*rows_by_source.values()))
     rows = [row for row in rounds if row is not None][:limit]
     return [Message("user", source[row].first_question, source[row].images) for row in rows]
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return open_image(path, where="chat")
-    except ImageError as error:
-        raise UserError(
-            f"The picture {path.name} cannot be read: it is damaged, not a picture, or too large. Attach another one."
-        ) from error

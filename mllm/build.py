@@ -241,6 +241,12 @@ def load_processor(path: str | Path) -> LlavaProcessor:
     return _load_processor(source, path, _load_config(source, path))
 
 
+def load_window(path: str | Path) -> int | None:
+    """The most positions a checkpoint's language model has, told by its config alone; None: no bound is written."""
+    config = _load_config(resolve(path), path)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 # ---- the vision tower ----------------------------------------------------------------------------------------------
 
 

@@ -235,9 +235,13 @@ def generate(
 
 
 def check_drawable(text: str, out: Path) -> None:
-    """Raises UserError for an empty text, and a file that no picture can be written to: before the model is read."""
+    """Raises UserError for a text that nobody can read, and a file that no picture can be written to: before the model
+    is read."""
+    from mllm.data.conversation import check_whole
+
     if not text.strip():
         raise UserError("--text is empty: say what the picture shows.")
+    check_whole(text, "--text")
     if out.suffix.lower() not in PICTURES or out.is_dir():
         raise UserError(f"--out {out}: expected a file {', '.join(PICTURES)}.")
     if not out.parent.is_dir():
@@ -247,18 +251,30 @@ def check_drawable(text: str, out: Path) -> None:
 @app.command()
 @plain_errors
 def check(
-    mixture: Annotated[Path, typer.Argument(help="Mixture YAML, as in data_recipes/mixtures.")],
+    mixture: Annotated[Path, typer.Argument(help="Mixture YAML, as in data_recipes/mixtures, or a data file.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and image size the lengths are for.")] = "miniworld",
     max_length: Annotated[int, typer.Option(min=8, help="Longest sample in tokens, pictures included.")] = 2048,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Evaluation rows, whose pictures should not be among these; repeat.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for check.json, check.html and bad_rows.jsonl.")] = None,
 ) -> None:
     """Read every row and picture of a mixture, name the bad ones and exit with 1 if there are any."""
-    from mllm.build import load_processor
-    from mllm.data.check import check_mixture
+    from mllm.build import load_processor, load_window
+    from mllm.data.check import check_mixture, check_overlap
     from mllm.data.mixture import load_mixture
     from mllm.data.template import ConversationEncoder
 
-    report = check_mixture(load_mixture(mixture), ConversationEncoder(load_processor(model), max_length))
+    rows = load_mixture(mixture, keep_bad=True)
+    encoder = ConversationEncoder(load_processor(model), min(max_length, load_window(model) or max_length))
+    report = check_mixture(rows, encoder, hashes=bool(out or against))
+    report.overlap = {str(path): check_overlap(report, load_mixture(path, keep_bad=True)) for path in against or []}
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    if out:
+        from mllm.data.check_page import write_check
+
+        write_check(out, report, rows, encoder, title=mixture.name)
+        console.print(f"report written to {out / 'check.html'}", markup=False, highlight=False)
     if report.bad:
         raise typer.Exit(1)
 

@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 
-from mllm.build import PROJECTOR_FILE, load_processor, read_adapter_config
+from mllm.build import PROJECTOR_FILE, load_processor, load_window, read_adapter_config
 from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
+from mllm.data.sources import tell_first
+from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.folders import check_writable
 from mllm.mole import MoleConfig
 from mllm.precision import lacks_bf16
+from train.bad_rows import check_limit
 from train.config import RunSection, TrainConfig, read_yaml, renamed
 from train.parts import adapter_config, starts_from_adapter
 
@@ -40,21 +43,23 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     check_batch(config.run, ranks)
     config.run.micro_batch_size = micro_batch(config.run, ranks)
     adapter = adapter_config(config.model)
-    load_processor(config.model.path)
+    processor = load_processor(config.model.path)
     start = config.model.start_from
     if start is not None and not any((start / name).is_file() for name in ("adapter_config.json", PROJECTOR_FILE)):
         raise UserError(
             f"model.start_from: {start} holds neither adapter_config.json nor {PROJECTOR_FILE}. Give the"
             " adapter folder of an earlier run."
         )
-    mixture = load_mixture(config.data.mixture)
+    data = config.data
+    mixture = load_mixture(data.mixture, bad_rows=data.bad_rows, max_bad=data.max_bad, too_long=data.too_long)
     name_domains(config, adapter, mixture)
     find_checkpoint(config, ranks=ranks, data=mixture.digest)
     if config.stage == "instruct" and starts_from_adapter(config.model):
         check_domains(read_adapter_config(start), mixture)
     check_domains(adapter, mixture)
-    if mixture.config.bad_images == "error" and os.environ.get("RANK", "0") == "0":
-        check_pictures_exist(mixture)
+    if os.environ.get("RANK", "0") == "0":
+        window = load_window(config.model.path) or data.max_length
+        check_rows(mixture, ConversationEncoder(processor, min(data.max_length, window)))
     return mixture
 
 
@@ -79,12 +84,17 @@ def check_domains(adapter: PeftConfig | None, mixture: Mixture) -> None:
             )
 
 
-def check_pictures_exist(mixture: Mixture) -> None:
-    """Raises UserError naming the rows whose picture is missing: better now than hours into the run."""
-    bad = check_mixture(mixture, decode=False, progress=False).bad
-    if bad:
-        more = f"\nand {len(bad) - 3} rows more; `mllm check` lists them all" if len(bad) > 3 else ""
-        raise UserError("\n".join(row.error for row in bad[:3]) + more)
+def check_rows(mixture: Mixture, encoder: ConversationEncoder) -> None:
+    """Raises UserError for rows that would stop the run when their turn comes: better now than hours into it.
+
+    Those are missing pictures, too long rows and whatever else can be told without decoding a picture; with
+    `bad_rows: skip`, more of them than `max_bad` allows.
+    """
+    bad = check_mixture(mixture, encoder, decode=False, progress=len(mixture) > 20_000).bad
+    refused = [row.error for row in bad if row.action == "refused"]
+    if refused:
+        raise UserError(tell_first(refused))
+    check_limit(mixture, [row.error for row in bad], "found before the start")
 
 
 def check_dtype(dtype: str) -> None:
@@ -157,7 +167,7 @@ def find_checkpoint(
         found = whole[max(whole)]
     check_settings(config, found.parent.parent)
     check_ranks(found, ranks, config.deepspeed.zero)
-    check_rows(found.parent.parent, data)
+    check_same_rows(found.parent.parent, data)
     return found
 
 
@@ -201,7 +211,7 @@ def check_ranks(checkpoint: Path, ranks: int | None, zero: int) -> None:
         )
 
 
-def check_rows(folder: Path, data: Callable[[], str] | None) -> None:
+def check_same_rows(folder: Path, data: Callable[[], str] | None) -> None:
     """Raises UserError if a run's rows are others than those it began with. Runs of old did not note them."""
     noted = folder / ROWS
     if data is None or not noted.is_file():

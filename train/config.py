@@ -68,7 +68,11 @@ class DataSection(Section):
     """What is read. Order depends on `run.seed` alone, so two runs with one seed see the same samples."""
 
     mixture: Path  # a mixture YAML: sources, weights, domains
-    max_length: int = Field(2048, ge=8)  # tokens after image places are expanded; a longer sample stops the run by name
+    max_length: int = Field(2048, ge=8)  # tokens after image places are expanded; a longer sample is `too_long`
+    # what to do with rows that cannot be used: null leaves it to the mixture, see mllm/data/mixture.py
+    bad_rows: Literal["error", "skip"] | None = None  # skip: another row of the same source takes the place
+    max_bad: int | float | str | None = None  # with skip, how many there may be: a number of rows, or a share (1%)
+    too_long: Literal["error", "skip", "truncate"] | None = None  # truncate: leave out the last turns
     # what "</s>" and other special tokens are in the words of a turn: their characters (text) or the tokens; by default
     # as the adapter started from has it, or else text. Kept with the adapter, for scoring and chat
     special_tokens_in_text: Literal["text", "tokens"] | None = None

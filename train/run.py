@@ -22,6 +22,7 @@ from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture
 from mllm.data.template import ConversationEncoder
+from train.bad_rows import BAD_ROWS
 from train.check import ADAPTER, CHECKPOINTS, ROWS, SETTINGS, checkpoints, find_checkpoint, tell_of_checkpoint
 from train.config import TrainConfig
 from train.parts import build_model, part_of, part_rate, starts_from_adapter, trained
@@ -35,7 +36,8 @@ TENSORBOARD = "tensorboard"
 def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     """Trains and saves. Every rank calls it, with RANK, LOCAL_RANK and WORLD_SIZE in the environment.
 
-    Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/ and, at the end, adapter/.
+    Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/, bad_rows.jsonl if
+    there are any, and, at the end, adapter/.
     """
     quieten()
     if not torch.cuda.is_available():
@@ -146,6 +148,7 @@ def prepare_folder(config: TrainConfig, *, fresh: bool, rows: str | None = None)
             old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         (folder / LOG).unlink(missing_ok=True)
+        (folder / BAD_ROWS).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder / SETTINGS)
     if rows is not None:

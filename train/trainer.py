@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from mllm.data.template import IGNORED
 from mllm.errors import UserError
+from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER
 from train.config import TrainConfig
 from train.feed import RunOrder
@@ -98,6 +99,8 @@ class MllmTrainer(StageTrainer):
         self.figures = Figures(domains, self.args.device)
         self.routing = RunRouting(self.model, self.args.device)
         self.add_callback(self.routing)
+        self.bad_rows = BadRows(config.run.output_dir / BAD_ROWS, self.train_dataset.mixture)
+        self.add_callback(self.bad_rows)
         self.add_callback(Learning(self.model, self.args.device))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -140,6 +143,7 @@ class MllmTrainer(StageTrainer):
         """This micro-batch's share of the step's loss, times the number of ranks (DeepSpeed averages over ranks)."""
         inputs = dict(inputs)
         domains, wheres, labels_BS = inputs.pop("domains"), inputs.pop("wheres"), inputs.pop("labels")
+        self.bad_rows.add(inputs.pop("bad_rows", []))
         self.routing.before_forward(domains)
         outputs, loss_sum_B, tokens_B = answer_losses(model, inputs, labels_BS)
         loss = loss_sum_B.sum() / num_items_in_batch * self.args.world_size
@@ -152,12 +156,21 @@ class MllmTrainer(StageTrainer):
         """Add what was gathered since the last entry, at the end of a run too. All ranks call it together."""
         if not self.figures.is_empty:
             logs |= self.figures.drain() | self.routing.drain(self.state.global_step)
+            new = self.bad_rows.gather(self.state.global_step)
+            logs |= self.bad_rows.counts()
+            if new:
+                warning = f"{new} more rows cannot be used as they are; {self.bad_rows.path} says which and why"
+                logs["warnings"] = [*logs.get("warnings", []), warning]
         # To Trainer the whole run is one epoch, see get_train_dataloader.
         rows = self.state.global_step * self.config.run.batch_size
         self.state.epoch = rows / self.train_dataset.mixture.epoch_length
         super().log(logs, start_time)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.bad_rows.gather(self.state.global_step)  # a run that resumes here finds the list complete
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `<output_dir>/adapter`, whole under every ZeRO stage."""

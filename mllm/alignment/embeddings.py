@@ -18,7 +18,7 @@ from mllm.alignment.data import AlignmentData
 from mllm.alignment.routes import prompt_mask, unwrapped
 from mllm.alignment.tail import run
 from mllm.data.conversation import Conversation
-from mllm.data.images import open_image
+from mllm.data.images import crop_thin, open_image
 from mllm.errors import UserError
 
 CLIP_PREFIX, SENTENCE_PREFIX = "clip:", "sentence-transformers:"
@@ -113,7 +113,7 @@ def clip_embeddings(
         picture_BM = torch.zeros_like(text_BM)
         for number, row in enumerate(asked):
             if row.images:
-                pixels = torch.stack([preprocess(open_image(path, where=row.where)) for path in row.images])
+                pixels = torch.stack([preprocess(crop_thin(open_image(path, where=row.where))) for path in row.images])
                 picture_BM[number] = F.normalize(clip.encode_image(pixels).float(), dim=1).mean(0)
         rows.append(F.normalize(torch.cat([picture_BM, text_BM], dim=1), dim=1))
     return torch.cat(rows)

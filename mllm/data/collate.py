@@ -31,12 +31,13 @@ class Collator:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            samples: what `ConversationEncoder.encode` or `encode_prompt` returned.
+            samples: what `ConversationEncoder.encode`, `encode_prompt` or `EncodedMixture` returned.
 
         Returns:
             input_ids, labels, attention_mask: int64 `[B, S]`.
             pixel_values: float32 `[N, 3, H, W]`, N at least 1, in the order of the rows.
             domains, wheres: lists of B texts, not for the model.
+            bad_rows: what the samples tell of bad rows, only where there is something to tell.
         """
         pixel_values = torch.cat([sample["pixel_values"] for sample in samples])
         ids = [sample["input_ids"] for sample in samples]
@@ -54,6 +55,9 @@ class Collator:
             batch["input_ids"][row, places][: len(self._blank_ids)] = self._blank_ids
         batch["domains"] = [sample["domain"] for sample in samples]
         batch["wheres"] = [sample["where"] for sample in samples]
+        bad_rows = [bad for sample in samples for bad in sample.get("bad_rows", [])]
+        if bad_rows:
+            batch["bad_rows"] = bad_rows
         return batch
 
     def _width(self, ids: list[Tensor], *, blank: bool) -> int:

@@ -1,15 +1,17 @@
 """One training or test sample: turns of text with the places of its pictures, checked as it is read."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from mllm.data.formats import IMAGE_PLACE, EmbeddedImage, as_llava
 from mllm.data.images import missing_image
-from mllm.errors import UserError
+from mllm.errors import RowError, UserError
 
-IMAGE_PLACE = "<image>"  # LLaVA's mark in a turn's text: the k-th mark is the place of the k-th picture
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -41,7 +43,7 @@ class Conversation:
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | EmbeddedImage, ...] = ()
     source: str = "unnamed"
     domain: str = "unnamed"
     metric: str | None = None
@@ -61,10 +63,12 @@ class Conversation:
         domain: str | None = None,
         check_files: bool = True,
         allow_outside_root: bool = False,
+        columns: Mapping[str, str] | None = None,
     ) -> "Conversation":
         """Reads a LLaVA record: `{id, image?, conversations: [{from: human|gpt, value}], …}`.
 
-        `messages: [{role, content}]` is read too; `image` is a path under `image_root`, a list of them, or absent.
+        Other layouts are read too, see `mllm.data.formats`; `image` is a path under `image_root`, a list of them, or
+        absent. Pictures without any mark stand before the first question.
         A first turn may be the system's, or stand under the key `system`. A first turn of the assistant is dropped.
         `loss: false` or `weight: 0` in an answer's turn leaves it out of what is learnt.
         `source`, `domain`, `metric`, `qtype` and `answers` are taken over where present, other keys are left alone.
@@ -75,25 +79,27 @@ class Conversation:
             domain: likewise; without either it is the source's name.
             check_files: whether to look that every picture exists.
             allow_outside_root: whether absolute paths and `..` are let through.
+            columns: our names of columns (question, answer, image …) -> the record's, where they differ.
 
         Raises:
-            UserError: turns do not alternate or end without an answer, an empty text, `<image>` marks and pictures
-                differ in number, a path outside the root. `ImageError`, if a picture's file is missing.
+            UserError: turns do not alternate or end without an answer, an empty text, half a character, `<image>` marks
+                and pictures differ in number, a path outside the root. `ImageError`, if a picture's file is missing.
         """
         if not isinstance(record, Mapping):
             raise UserError(f"{where}: expected a record like {{…}}, got {type(record).__name__}.")
-        identity = str(record.get("id", ""))
+        identity = str(record.get((columns or {}).get("id", "id"), ""))
         if identity:
-            where = f"{where} (id {identity})"
+            where = f"{where} (id {identity:.80})"
+        record = as_llava(record, where, columns)
         turns, opening_dropped = _read_turns(record, where)
         images = _read_images(record, Path(image_root), where, allow_outside_root)
         _check_image_places(turns, len(images), where)
         if check_files:
             for path in images:
-                if not os.path.isfile(path):
+                if not isinstance(path, EmbeddedImage) and not os.path.isfile(path):
                     raise missing_image(path, where)
         source = source or _optional_text(record, "source", where) or "unnamed"
-        return cls(
+        conversation = cls(
             id=identity,
             turns=turns,
             images=images,
@@ -105,6 +111,11 @@ class Conversation:
             where=where,
             opening_dropped=opening_dropped,
         )
+        check_turns(turns, where)
+        named = (identity, source, conversation.domain, conversation.metric, conversation.qtype, *conversation.answers)
+        for text in filter(None, named):
+            check_whole(text, where)
+        return conversation
 
     @property
     def question(self) -> str:
@@ -118,6 +129,22 @@ class Conversation:
 
     def _questions(self) -> list[str]:
         return ["".join(turn.between_pictures).strip() for turn in self.turns if turn.role == "user"]
+
+
+def check_turns(turns: Sequence[Turn], where: str) -> None:
+    """Raises RowError for a turn that holds half a character pair."""
+    for number, turn in enumerate(turns, 1):
+        check_whole(turn.text, f"{where}, turn {number}")
+
+
+def check_whole(text: str, where: str) -> None:
+    """Raises RowError for half a character pair, which JSON can write and neither a tokenizer nor a file can take."""
+    half = _HALF_PAIR.search(text)
+    if half:
+        raise RowError(
+            f"{where}: {half.group()} is half of a character, as cut text leaves behind, in"
+            f" {text[max(0, half.start() - 30) : half.end()]!r}. Mend or drop it."
+        )
 
 
 def _read_turns(record: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], bool]:
@@ -226,21 +253,25 @@ def _read_loss(row: Mapping[str, Any], role: str, where: str) -> bool:
     return role != "assistant" or False not in values
 
 
-def _read_images(record: Mapping[str, Any], image_root: Path, where: str, allow_outside_root: bool) -> tuple[Path, ...]:
-    value = record.get("image", record.get("images"))
-    names = [] if value in (None, "") else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: expected `image` to be a path or a list of paths, got {value!r:.60}.")
+def _read_images(
+    record: Mapping[str, Any], image_root: Path, where: str, allow_outside_root: bool
+) -> tuple[Path | EmbeddedImage, ...]:
+    names = record["image"]
+    if not all(isinstance(name, str | EmbeddedImage) and name for name in names):
+        raise UserError(f"{where}: expected `image` to be a path or a list of paths, got {names!r:.60}.")
     for name in names:
-        if "://" in name or name.startswith("data:"):
+        if isinstance(name, EmbeddedImage):
+            continue
+        check_whole(name, where)
+        if "://" in name:
             raise UserError(f"{where}: image {name:.80} is a URL; only files under the image root are read.")
         path = PurePosixPath(name)
         if not allow_outside_root and (path.is_absolute() or ".." in path.parts):
             raise UserError(
-                f"{where}: image {name} lies outside the image root {image_root}. Make it relative to the root, "
+                f"{where}: image {name:.200} lies outside the image root {image_root}. Make it relative to the root, "
                 "or set `allow_outside_root: true` for this source."
             )
-    return tuple(image_root / name for name in names)
+    return tuple(name if isinstance(name, EmbeddedImage) else image_root / name for name in names)
 
 
 def _check_image_places(turns: tuple[Turn, ...], num_images: int, where: str) -> None:

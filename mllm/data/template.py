@@ -9,8 +9,11 @@ N pictures, S tokens, H height, W width.
 import logging
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +23,10 @@ from rich.text import Text
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
-from mllm.data.images import open_image
+from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn, check_turns
+from mllm.data.images import fit_image, open_image, picture_side
 from mllm.data.special_tokens import InText, SpecialTokens
-from mllm.errors import UserError
+from mllm.errors import TooLongError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ IGNORED = -100  # label of a token that is not supervised
 ANSWER = f"\ue004{secrets.randbelow(10**18)}\ue005"
 ANSWERS_TRIED = ("red", "7", "Yes.", "(a)", "é")  # tokenizers join a blank with some of them and not with others
 PROBE, SYSTEM_PROBE = "probe", "setting"
+PROBE_TURNS = (Turn("user", PROBE), Turn("assistant", PROBE))
 
 
 class Segment(NamedTuple):
@@ -248,6 +252,7 @@ class ConversationEncoder:
 
     Attributes:
         stop_token_id: the token that ends every answer in training; generation is to stop at it.
+        image_tokens: how many stand for a picture; every picture gets the tower's size, so all have as many.
     """
 
     def __init__(
@@ -274,12 +279,15 @@ class ConversationEncoder:
         in_text = special_tokens_in_text or getattr(processor, "special_tokens_in_text", "text")
         self.template = ChatTemplate(processor, in_text)
         self.stop_token_id = self._find_stop_token()
-        self._no_pixels = torch.zeros_like(blank_pixels(processor)[:0])
+        blank = blank_pixels(processor)
+        self._no_pixels = torch.zeros_like(blank[:0])
+        place = processor.replace_image_token({"pixel_values": blank}, image_idx=0)
+        self.image_tokens = place.count(processor.image_token)
         self._told: set[str] = set()
         self._check_prompts()
 
-    def encode(self, conversation: Conversation) -> dict[str, Any]:
-        """A training sample.
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image] | None = None) -> dict[str, Any]:
+        """A training sample; `images` are its pictures where they are open already.
 
         Returns:
             input_ids, labels, attention_mask: int64 `[S]`; labels are -100 but for the answers and what ends them.
@@ -287,10 +295,10 @@ class ConversationEncoder:
             domain, where: the conversation's own, for statistics and messages.
 
         Raises:
-            UserError: more than `max_length` tokens, nothing supervised, or pictures and places differ in number;
-                `ImageError` for a picture that cannot be read. Each names the row.
+            UserError: nothing supervised, half a character, or pictures and places differ in number; `TooLongError`
+                for more than `max_length` tokens, `ImageError` for a picture that cannot be read. Each names the row.
         """
-        sample = self._encode(conversation, conversation.turns)
+        sample = self._encode(conversation, conversation.turns, images)
         if not (sample["labels"] != IGNORED).any():
             raise UserError(f"{conversation.where}: no token is supervised; the row has no answer to learn from.")
         return sample
@@ -309,6 +317,7 @@ class ConversationEncoder:
 
         Turns that end with the user's are made ready for an answer. Raises UserError as `encode` does.
         """
+        check_turns(turns, where)
         segments = self.template.segments(turns, where=where)
         pixel_values, segments = self._place_images(segments, images, where)
         input_ids, labels = self._tokenize(segments)
@@ -320,6 +329,50 @@ class ConversationEncoder:
             "attention_mask": attention_mask,
             "pixel_values": pixel_values,
         }
+
+    def open(self, path: str | Path | bytes, *, where: str) -> Image.Image:
+        """A picture as large as it is needed. Raises ImageError as `open_image` does."""
+        return open_image(path, where=where, at_least=picture_side(self.processor.image_processor))
+
+    def measure(self, conversation: Conversation) -> int:
+        """Tokens of its sample, too long or not, told without reading a picture. Raises UserError as `encode` does."""
+        check_turns(conversation.turns, conversation.where)
+        segments = self.template.segments(conversation.turns, where=conversation.where)
+        places = sum(segment.text.count(self.processor.image_token) for segment in segments)
+        return len(self._tokenize(segments)[0]) + places * (self.image_tokens - 1)
+
+    def surely_fits(self, conversation: Conversation) -> bool:
+        """Whether it has no more than `max_length` tokens even if every byte is one; told without tokenising.
+
+        Of a tokenizer whose normaliser makes text longer it may be wrong: then the row is too long when it is encoded.
+        """
+        if self.max_length is None:
+            return True
+        text = sum(len(turn.text.encode("utf-8", "replace")) for turn in conversation.turns)
+        of_conversation, of_turn = self._tokens_of_template
+        template = of_conversation + len(conversation.turns) * of_turn
+        return text + template + len(conversation.images) * self.image_tokens <= self.max_length
+
+    @cached_property
+    def _tokens_of_template(self) -> tuple[int, int]:
+        """What the template adds to a conversation and to a turn, at most."""
+        once, twice = (self.measure(Conversation("", PROBE_TURNS * times)) for times in (1, 2))
+        return once, -(-(twice - once) // len(PROBE_TURNS))
+
+    def shortened(self, conversation: Conversation) -> Conversation:
+        """The conversation without its last turns, as many as need be, and without the pictures in them.
+
+        Raises TooLongError where even the first answer does not fit.
+        """
+        ends = [number for number, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
+        beginnings = [_beginning(conversation, end) for end in ends]
+        fitting = bisect_right(beginnings, self.max_length, key=self.measure)
+        if not fitting:
+            raise TooLongError(
+                f"{conversation.where}: {self.measure(beginnings[0])} tokens up to the end of the first answer, more"
+                f" than max_length {self.max_length}. Raise it, shorten the row or drop it."
+            )
+        return beginnings[fitting - 1]
 
     def show(self, sample: dict[str, Any]) -> Text:
         """The decoded sample for the eye: the supervised span green and underlined, image tokens as one mark."""
@@ -382,8 +435,11 @@ class ConversationEncoder:
                     return prompt, ids[: len(prompt) + 1]
         return None
 
-    def _encode(self, conversation: Conversation, turns: Sequence[Turn]) -> dict[str, Any]:
-        images = [open_image(path, where=conversation.where) for path in conversation.images]
+    def _encode(
+        self, conversation: Conversation, turns: Sequence[Turn], images: Sequence[Image.Image] | None = None
+    ) -> dict[str, Any]:
+        if images is None:
+            images = [self.open(path, where=conversation.where) for path in conversation.images]
         self._tell_vocabulary(turns, conversation.where)
         sample = self.encode_turns(turns, images, where=conversation.where)
         return sample | {"domain": conversation.domain, "where": conversation.where}
@@ -412,7 +468,9 @@ class ConversationEncoder:
             )
         if not images:
             return self._no_pixels, segments
-        processed = self.processor.image_processor(list(images), return_tensors="pt")
+        image_processor = self.processor.image_processor
+        fitted = [fit_image(image, image_processor, where=where) for image in images]
+        processed = image_processor(fitted, return_tensors="pt")
         tokens = [self.processor.replace_image_token(processed, image_idx=index) for index in range(len(images))]
         texts, _ = self.processor.get_text_with_replacements([segment.text for segment in segments], tokens)
         expanded = [Segment(text, segment.supervised) for text, segment in zip(texts, segments, strict=True)]
@@ -443,11 +501,22 @@ class ConversationEncoder:
                 f"{where}: {expected} image tokens were placed but the tokenizer gives {num_image}; "
                 f"{self.processor.image_token} must be a special token of the tokenizer."
             )
-        if self.max_length is not None and len(input_ids) > self.max_length:
-            raise UserError(
-                f"{where}: {len(input_ids)} tokens ({num_image} of them image tokens), more than max_length "
-                f"{self.max_length}. Raise it, shorten the row or drop it."
+        self.check_length(len(input_ids), num_image, where)
+
+    def check_length(self, tokens: int, image_tokens: int, where: str) -> None:
+        """Raises TooLongError for more tokens than `max_length`."""
+        if self.max_length is not None and tokens > self.max_length:
+            raise TooLongError(
+                f"{where}: {tokens} tokens ({image_tokens} of them image tokens), more than max_length"
+                f" {self.max_length}. Raise it, shorten the row or drop it."
             )
+
+
+def _beginning(conversation: Conversation, end: int) -> Conversation:
+    """Its first turns, and the pictures in them."""
+    turns = conversation.turns[:end]
+    num_images = sum(turn.text.count(IMAGE_PLACE) for turn in turns)
+    return replace(conversation, turns=turns, images=conversation.images[:num_images])
 
 
 def blank_pixels(processor: ProcessorMixin) -> Tensor:

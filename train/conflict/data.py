@@ -57,7 +57,7 @@ class StudyRows:
 
 def _plain(row: Conversation) -> list[Any]:
     """A row by its words, its domain and its pictures' names and sizes."""
-    pictures = [(path.name, path.stat().st_size) for path in row.images]
+    pictures = [(file.name, len(file) if isinstance(file, bytes) else file.stat().st_size) for file in row.images]
     turns = [(turn.role, turn.text, *(() if turn.supervised else ("not learnt",))) for turn in row.turns]
     return [turns, row.domain, row.source, pictures]
 

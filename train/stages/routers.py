@@ -11,8 +11,9 @@ N rows, R length of a routing vector.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -51,8 +52,9 @@ from mllm.alignment.vectors import vector_sizes
 from mllm.build import BASE_CARD, load, resolve
 from mllm.console import quieten
 from mllm.data.conversation import Conversation
+from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture, load_mixture
-from mllm.data.template import IGNORED
+from mllm.data.template import IGNORED, ConversationEncoder
 from mllm.errors import UserError
 from mllm.evaluate import stamp
 from mllm.evaluation.answers import Answer
@@ -60,6 +62,7 @@ from mllm.evaluation.recipe import digest
 from mllm.evaluation.report import Arm, build_report
 from mllm.evaluation.tables import markdown, print_tables, remarks, report_tables
 from mllm.mole import MoleConfig
+from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER, check_run
 from train.config import RoutersSection, TrainConfig
 from train.parts import DTYPES, parameter_groups, write_adapter
@@ -168,7 +171,9 @@ def open_run(config: Config, mixture: Mixture) -> AlignmentRun:
             f"model.start_from {config.model.start_from} is no MoLE adapter, so it has no routers to align."
         )
     rows = dict.fromkeys(mixture.order(config.run.seed, 0).tolist())
-    taken = [mixture[row] for row in list(rows)[: config.routers.samples]]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    max_length = min(config.data.max_length, positions)
+    taken = usable_rows(config, mixture, ConversationEncoder(processor, max_length), rows)
     if config.routers.validation is not None:
         held_out = list(load_mixture(config.routers.validation))
     else:
@@ -176,12 +181,36 @@ def open_run(config: Config, mixture: Mixture) -> AlignmentRun:
         taken, held_out = taken[:-number], taken[-number:]
     if len(taken) <= config.routers.neighbours:
         raise UserError(f"{len(taken)} rows to learn from are too few for {config.routers.neighbours} neighbours each.")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     conversations = [*taken, *held_out]
-    data = EncodedRows(conversations, processor, min(config.data.max_length, positions))
+    data = EncodedRows(conversations, processor, max_length)
     in_text = getattr(processor, "special_tokens_in_text", "text")
     made_of = [stamp(resolve(config.model.path), config.model.start_from), config.model.dtype, in_text]
     return AlignmentRun(config, model, processor, conversations, len(taken), data, digest(made_of))
+
+
+def usable_rows(
+    config: Config, mixture: Mixture, encoder: ConversationEncoder, rows: Iterable[int]
+) -> list[Conversation]:
+    """The first `align.samples` of the rows; with `bad_rows: skip`, of those that can be used.
+
+    A bad row has no stand-in here, which might be a row that is taken too, or held out. All ranks call it together.
+    Raises UserError as `EncodedMixture` does, and for more bad rows than `max_bad` allows.
+    """
+    if {mixture.config.bad_rows, mixture.config.too_long} <= {"error", None}:
+        return [mixture[row] for row in islice(rows, config.routers.samples)]  # a bad one stops the run when encoded
+    samples = EncodedMixture(mixture, encoder)
+    bad_rows = BadRows(config.run.output_dir / BAD_ROWS, mixture)
+    taken: list[Conversation] = []
+    for row in rows:
+        if len(taken) == config.routers.samples:
+            break
+        conversation, sample = samples.take(row)
+        told = sample.get("bad_rows", [])
+        bad_rows.add(told)
+        if not any(bad.index == row and bad.action == "skipped" for bad in told):
+            taken.append(conversation)
+    bad_rows.gather(step=0)
+    return taken
 
 
 def cached(run: AlignmentRun) -> CachedStates:

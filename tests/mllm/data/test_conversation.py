@@ -70,8 +70,8 @@ BAD_RECORDS = {
     ),
     "mark without picture": (record("<image>", "x"), r"more <image> marks \(1\) than pictures \(0\)"),
     "fewer marks than pictures": (
-        record("look", "x", image="red.png"),
-        r"fewer <image> marks \(0\) than pictures \(1\)",
+        record("look <image>", "x", image=["red.png", "blue.png"]),
+        r"fewer <image> marks \(1\) than pictures \(2\)",
     ),
     "mark in an answer": (record("look", "<image>", image="red.png"), "<image> stands in an answer"),
     "unknown role": ({"conversations": [{"from": "cat", "value": "miaow"}]}, "expected `from` to be one of"),
@@ -83,6 +83,10 @@ BAD_RECORDS = {
     "path upwards": (record("<image>", "x", image="a/../../b.png"), "outside the image root"),
     "URL": (record("<image>", "x", image="https://example.org/a.png"), "is a URL"),
     "answers not a list": (record("Hello?", "hi", answers="hi"), "expected `answers`"),
+    "half a character in an answer": (record("Hello?", "caf\ud83d"), r"turn 2: \\ud83d is half of a character"),
+    "half a character in an id": (record("Hello?", "hi", id="\udc00"), r"\\udc00 is half"),
+    "half a character in a picture's name": (record("<image>", "x", image="\ud83d.png"), r"\\ud83d is half"),
+    "half a character in an accepted answer": (record("Hello?", "hi", answers=["\ud83d"]), r"\\ud83d is half"),
     "source not text": (record("Hello?", "hi", source=3), "expected `source` to be text"),
     "not a record": (["Hello?"], "expected a record"),
 }
@@ -93,6 +97,23 @@ def test_bad_record_is_named_by_file_and_row(name, root):
     data, message = BAD_RECORDS[name]
     with pytest.raises(UserError, match=f"data.json: row 7.*{message}"):
         read(data, root)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\x00.png", "\x1b[31m.png", "a\nb.png"])
+def test_a_picture_name_that_no_file_can_have_is_refused_in_words_that_can_be_printed(name, root):
+    with pytest.raises(ImageError, match="row 7: no image file") as refusal:
+        read(record("<image>", "x", image=name), root)
+    said = str(refusal.value)
+    said.encode("utf-8")
+    assert len(said) < 1000
+    assert "\x1b" not in said
+    assert "\x00" not in said
+
+
+def test_a_huge_id_does_not_fill_the_message(root):
+    with pytest.raises(UserError) as refusal:
+        read(record("Hello?", id="i" * 100_000), root)
+    assert len(str(refusal.value)) < 500
 
 
 def test_missing_picture_is_named_by_row_and_file(root):

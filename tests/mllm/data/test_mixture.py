@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import data_recipes
 from mllm.data import Mixture, MixtureConfig, load_mixture
-from mllm.data.mixture import read_mixture_config
+from mllm.data.mixture import most_rows, read_mixture_config
 from mllm.errors import UserError
 from tests.mllm.data.conftest import record
 
@@ -76,9 +76,49 @@ def test_epochs_mix_the_sources(folder):
     assert any(order[:10] >= 10)
 
 
-def test_stand_ins_come_from_the_same_source_in_turn(folder):
+def test_stand_ins_are_the_other_rows_of_the_same_source_in_an_order_of_their_own(folder):
     mixed = mixture(folder, 1.0, 1.0)
-    assert mixed.stand_ins(12) == [13, 10, 11]
+    drawn = [mixed.stand_ins(row) for row in range(10, 14)]
+    assert [sorted([row, *others]) for row, others in zip(range(10, 14), drawn, strict=True)] == [[10, 11, 12, 13]] * 4
+    assert drawn == [mixture(folder, 1.0, 1.0).stand_ins(row) for row in range(10, 14)]
+
+
+def test_bad_rows_that_lie_together_have_many_stand_ins(folder):
+    (folder / "many.json").write_text(json.dumps([record("a", "b")] * 1000))
+    many = load_mixture(folder / "many.json")
+    first = [many.stand_ins(row)[0] for row in range(100)]
+    assert len(set(first)) > 80
+    assert len(many.stand_ins(0)) == 100
+
+
+def test_a_bad_record_is_no_stand_in_and_names_no_domain(folder):
+    rows = [record("a", "b", source="s"), record("a", source="t"), record("a", "b", source="s"), 3]
+    (folder / "bad.json").write_text(json.dumps(rows))
+    mixed = load_mixture(folder / "bad.json", bad_rows="skip")
+    assert (list(mixed.bad), mixed.domains, mixed.sources) == ([1, 3], ["s"], ["s"])
+    assert (mixed.stand_ins(0), sorted(mixed.stand_ins(3))) == ([2], [0, 2])
+    assert mixed.source_of_row == ["s"] * 4
+
+
+def test_every_file_that_cannot_be_read_is_named(folder):
+    (folder / "two.yaml").write_text("sources: [{path: gone.json}, {path: letters.json}, {path: lost.json}]\n")
+    with pytest.raises(UserError, match=r"(?s)gone\.json.*lost\.json"):
+        load_mixture(folder / "two.yaml")
+
+
+@pytest.mark.parametrize(("limit", "allowed"), [("1%", 2), ("2.5 %", 5), (0.01, 2), (3, 3), (0, 0), ("100%", 200)])
+def test_a_limit_is_a_number_of_rows_or_a_share_of_them(limit, allowed):
+    assert most_rows(limit, 200) == allowed
+
+
+def test_the_former_name_of_the_policy_is_read():
+    assert MixtureConfig(sources=[{"path": "a"}], bad_images="skip").bad_rows == "skip"
+
+
+def test_policies_given_replace_those_of_the_file(folder):
+    (folder / "policy.yaml").write_text("bad_rows: skip\nmax_bad: 3\nsources: [{path: letters.json}]\n")
+    config = load_mixture(folder / "policy.yaml", bad_rows=None, max_bad="1%", too_long="truncate").config
+    assert (config.bad_rows, config.max_bad, config.too_long) == ("skip", "1%", "truncate")
 
 
 def test_paths_are_relative_to_the_yaml_file(folder, monkeypatch, tmp_path):
@@ -100,7 +140,10 @@ BAD_MIXTURES = {
     "no path": ({"sources": [{"name": "a"}]}, "sources.0.path: Field required"),
     "weight zero": ({"sources": [{"path": "a", "weight": 0}]}, "sources.0.weight: .*greater than 0"),
     "weight a word": ({"sources": [{"path": "a", "weight": "much"}]}, "sources.0.weight: .*got 'much'"),
-    "policy": ({"sources": [{"path": "a"}], "bad_images": "ignore"}, "bad_images: .*'error' or 'skip'"),
+    "policy": ({"sources": [{"path": "a"}], "bad_rows": "ignore"}, "bad_rows: .*'error' or 'skip'"),
+    "limit": ({"sources": [{"path": "a"}], "max_bad": "many"}, r"max_bad: .*a share of them \("),
+    "limit above all rows": ({"sources": [{"path": "a"}], "max_bad": 1.5}, "max_bad: .*expected a number of rows"),
+    "length": ({"sources": [{"path": "a"}], "too_long": "cut"}, "too_long: .*'error', 'skip' or 'truncate'"),
     "a list": ([1], "expected a mapping"),
 }
 

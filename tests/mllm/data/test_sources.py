@@ -1,9 +1,10 @@
+import gzip
 import json
 
 import pytest
 
 from mllm.data import ImageError, Source
-from mllm.errors import UserError
+from mllm.errors import RowError, UserError
 from tests.mllm.data.conftest import record
 
 
@@ -60,11 +61,14 @@ def test_rows_of_jsonl_are_counted_by_line(root):
 BAD_FILES = {
     "malformed.json": ('[\n {"a": 1,}\n]', "malformed JSON at line 2, column"),
     "malformed.jsonl": ('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n{"a": ',
-                        "malformed JSON at line 2, column"),
+                        "row 2: malformed JSON at line 2, column"),
     "cut.json": ('[{"a": 1}', "malformed JSON at line 1, column 10"),
     "none.json": ("[]", "no records"),
     "blank.jsonl": ("\n", "no records"),
     "numbers.json": ("[1, 2]", "row 1: expected a record"),
+    "digits.json": ('[{"id": ' + "9" * 5000 + "}]", "JSON that cannot be read"),
+    "nested.jsonl": ("[" * 2 + '"a"' + "]" * 2, "row 1: expected a record"),
+    "deep.jsonl": ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "row 1: JSON that cannot be read"),
 }  # fmt: skip
 
 
@@ -80,6 +84,38 @@ def test_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "data.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"data.json: not UTF-8"):
         Source(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b"PAR1\x15\x04", "parquet"), (b"PK\x03\x04", "zip"), (b"x" * 257 + b"ustar\x00", "tar")]
+)
+def test_another_kind_of_file_is_named_as_what_it_is(content, kind, tmp_path):
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"data.json: this is a {kind}"):
+        Source(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_gzip_of_records_reads_like_the_records(name, root, tmp_path):
+    plain = write(root, name, [record("a", "schön"), record("c", "d")])
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert [row.turns for row in Source(tmp_path / f"{name}.gz")] == [row.turns for row in Source(plain)]
+
+
+def test_a_line_that_is_no_text_is_a_bad_row_among_good_ones(tmp_path):
+    good = json.dumps(record("a", "b")).encode()
+    (tmp_path / "rows.jsonl").write_bytes(good + b"\n\xff\xfe{}\n" + good + b"\n{")
+    source = Source(tmp_path / "rows.jsonl", keep_bad=True)
+    assert (len(source), list(source.bad)) == (4, [1, 3])
+    with pytest.raises(RowError, match=r"row 2: not UTF-8 text \(byte 0 of the line\)"):
+        source[1]
+    assert source[2].turns[1].text == "b"
+
+
+def test_refused_bad_rows_are_named_together_and_counted(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([record("a", "b"), *[record("a")] * 5]))
+    with pytest.raises(UserError, match=r"(?s)row 2,.*row 3,.*row 4,.*and 2 rows more"):
+        Source(tmp_path / "rows.json")
 
 
 def test_missing_file_and_missing_root_are_named(tmp_path):

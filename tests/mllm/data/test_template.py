@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from transformers import CLIPImageProcessor
 
 from mllm.data import Conversation, ConversationEncoder, ImageError, Turn
 from mllm.data.template import IGNORED, ChatTemplate
@@ -350,3 +352,15 @@ def test_a_prompt_whose_last_token_joins_the_answer_is_refused_when_the_encoder_
     joined.tokenizer.add_tokens(["ared"])
     with pytest.raises(UserError, match="not made of the tokens with which its training text begins"):
         ConversationEncoder(joined)
+
+
+def test_thin_pictures_are_fitted_by_the_encoder_whoever_opened_them(encoder, processor):
+    turns = [Turn("user", "<image>"), Turn("assistant", "x")]
+    sample = encoder.encode_turns(turns, [Image.new("RGB", (1, 5000))], where="chat")
+    assert sample["pixel_values"].shape == (1, 3, 24, 24)
+    longest = copy.deepcopy(processor)
+    longest.image_processor = CLIPImageProcessor(
+        size={"max_height": 24, "max_width": 24}, crop_size={"height": 24, "width": 24}
+    )
+    with pytest.raises(ImageError, match="chat: a picture of 1 x 200 pixels is too thin"):
+        ConversationEncoder(longest).encode_turns(turns, [Image.new("RGB", (1, 200))], where="chat")
