@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from mllm.errors import UserError
 from mllm.mole.config import MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.targets import Targets, find_targets
-from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, z_loss
+from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, find_router, z_loss
 from mllm.routing.losses import domain_loss, moved_selection_bias, over_ranks, pool, scheduled
 
 PROJECTOR = "multi_modal_projector"
@@ -35,7 +36,10 @@ class MoleModel(BaseTuner):
         self.routing_context = RoutingContext(_image_token_id(model))
 
     def _post_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
-        self.routing_context.attach(model, sees_pictures=config.router_reads in ("picture", "both"))
+        remembers = config.router_reads in ("picture", "both")
+        if hasattr(model, "get_image_features"):
+            remembers = remembers or find_router(config.router).counts_patches
+        self.routing_context.attach(model, remembers=remembers, has_losses=config.has_losses)
 
     def _check_new_adapter_config(self, config: MoleConfig) -> None:
         if len(self.peft_config) > 1:
@@ -96,7 +100,7 @@ class MoleModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without anything of MOLE, its own modules back in place."""
-        self.routing_context.detach()
+        self.routing_context.detach(self.model)
         return super().unload()
 
 
@@ -111,33 +115,52 @@ def routed_modules(model: nn.Module) -> Iterator[MoleBlock | MoleLinear]:
 
 
 def routing_context(model: nn.Module) -> RoutingContext | None:
-    """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without."""
+    """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without.
+
+    Its `routings` are those of this thread's last forward, with `[T, X]` probabilities and `[T, K]` picks a layer.
+
+    Example:
+        >>> context = mllm.routing_context(model)                            # doctest: +SKIP
+        >>> context.set_domains(["general", "document"])  # of the batch's rows, before its forward
+        >>> model(**batch).loss.backward()
+        >>> context.stack("router_probs_TX").mean((0, 1))  # over layers and tokens
+    """
     module = next(routed_modules(model), None)
     return None if module is None else module.routing_context
 
 
 def routing_loss(
     model: nn.Module, *, window: BalanceWindow | None = None, progress: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """What the last forward's routing adds to the task loss.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What this thread's last forward adds to the task loss. `RoutingObjective` does this and all that belongs to it.
 
-    Returns the weighted sum and its parts, {"balance_loss": …, "z_loss": …}, unweighted and detached.
+    Returns the weighted sum, a scalar, and its parts, {"balance_loss": …, "z_loss": …}, unweighted and detached.
     Losses with weight 0 and balance "none" and "bias" are left out. Padding does not count, every other token does.
-    None where there is nothing to add: a model without MOLE, a disabled adapter, no forward yet, no loss with a weight.
+    Zero and {} where there is nothing to add: a model without MOLE, a disabled adapter, no loss with a weight.
     With balance="global_batch" all ranks must call it together.
 
     Args:
         window: the picks of the optimizer step so far, for balance="global_batch"; reset it after each step. None: the
             step is this forward.
         progress: share of training that is done, in [0, 1], for a scheduled weight.
+
+    Raises UserError for a model with MOLE that has run no forward yet, and for a domain that no expert is meant for.
+
+    Example:
+        >>> loss = model(**batch).loss + mllm.routing_loss(model)[0]         # doctest: +SKIP
     """
     module = next(routed_modules(model), None)
-    if module is None or not module.routing_context.routings:
-        return None
+    if module is None:
+        return torch.zeros(()), {}
     context, config = module.routing_context, module.config
+    if context.forward is None:
+        raise UserError("routing_loss reads the last forward, and the model has run none: call the model first.")
+    context.mark_read()
+    if not context.routings:
+        return torch.zeros((), device=context.sample_T.device), {}
     weighted, losses = [], {}
     weight = scheduled(config.balance_loss_weight, config.balance_final_weight, config.balance_schedule, progress)
-    if config.balance in BALANCE_LOSSES and (weight > 0 or config.balance_final_weight):
+    if config.balances_by_loss:
         options = {"window": window} if config.balance == "global_batch" else {}
         losses["balance_loss"] = BALANCE_LOSSES[config.balance](
             router_probs_LTX=context.stack("router_probs_TX"),
@@ -159,9 +182,8 @@ def routing_loss(
         logits_LTX = context.stack("router_logits_TX")
         losses["z_loss"] = z_loss(router_logits_LTX=logits_LTX, is_counted_T=~context.is_pad_T)
         weighted.append(config.z_loss_weight * losses["z_loss"])
-    if not weighted:
-        return None
-    return sum(weighted), {name: loss.detach() for name, loss in losses.items()}
+    total = sum(weighted) if weighted else torch.zeros((), device=context.sample_T.device)
+    return total, {name: loss.detach() for name, loss in losses.items()}
 
 
 def _population(config: MoleConfig, context: RoutingContext) -> Tensor:
@@ -175,36 +197,55 @@ def _due_experts(config: MoleConfig, context: RoutingContext) -> Tensor:
     return due_PDE[_population(config, context), context.domain_T(config.expert_domains)]
 
 
-class BiasBalance:
-    """Loss-free balance of a model with balance="bias": count after every forward, move once an optimizer step.
+@dataclass
+class BiasCounts:
+    """Picks of the step so far, of layers in running order, which need not be that of the modules."""
 
-    All ranks must call both together. Does nothing for other models.
+    window: BalanceWindow = field(default_factory=BalanceWindow)
+    layers: list[str] = field(default_factory=list)
+
+
+class BiasBalance:
+    """Loss-free balance (2408.15664) of a model with balance="bias": count after every forward, move once a step.
+
+    The counts belong to the model, so any two objects for it are the same. All ranks must call both methods together.
+    Does nothing for other models. `RoutingObjective` calls both where they are due.
+
+    Example:
+        >>> mllm.BiasBalance(model).count()  # after each forward            # doctest: +SKIP
+        >>> mllm.BiasBalance(model).move()   # after the optimizer's step
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in routed_modules(model) if module.config.balance == "bias"]
-        self.window = BalanceWindow()
-        self.layers: list[str] = []  # in running order, which need not be that of the modules
+        self.context = self.modules[0].routing_context if self.modules else None
+
+    @property
+    def counts(self) -> BiasCounts:
+        """Of the model."""
+        self.context.bias_counts = self.context.bias_counts or BiasCounts()
+        return self.context.bias_counts
 
     @torch.no_grad()
     def count(self) -> None:
         """Add the picks of the last forward."""
-        if not self.modules or not self.modules[0].routing_context.routings:
+        if not self.modules or not self.context.routings:
             return
-        config, context = self.modules[0].config, self.modules[0].routing_context
-        self.layers, populations = context.layers, len(config.target.share_PX)
+        config, context = self.modules[0].config, self.context
+        context.mark_read()
+        self.counts.layers, populations = context.layers, len(config.target.share_PX)
         counts_LPX = pool(context.stack("picks_TX"), _population(config, context), populations, ~context.is_pad_T)
-        self.window.add(over_ranks(counts_LPX, ~context.is_pad_T)[0])
+        self.counts.window.add(over_ranks(counts_LPX, ~context.is_pad_T)[0])
 
     @torch.no_grad()
     def move(self) -> None:
-        """Move every router's bias towards its target and begin a new step."""
-        if self.window.counts_LPX is None:
+        """Move every router's bias towards its target and begin a new step; nothing where nobody has counted."""
+        if not self.modules or self.counts.window.counts_LPX is None:
             return
         for module in self.modules:
-            counts_PX = self.window.counts_LPX[self.layers.index(module.layer)]
+            counts_PX = self.counts.window.counts_LPX[self.counts.layers.index(module.layer)]
             (router,) = module.mole_router.values()
-            config = module.config
-            bias = moved_selection_bias(router.selection_bias, counts_PX, config.target, config.bias_update_rate)
-            router.selection_bias.copy_(bias)
-        self.window.reset()
+            config, bias_X = module.config, router.selection_bias
+            counts_PX = counts_PX.to(bias_X.device)
+            bias_X.copy_(moved_selection_bias(bias_X, counts_PX, config.target, config.bias_update_rate))
+        self.counts.window.reset()
