@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import mllm
 from mllm.cli import app
+from tests.mllm.mole.helpers import INPUT_IDS, mole_routers, tiny_mole
 from train.check import check_batch
 from train.config import load_config
 
@@ -76,3 +79,16 @@ def test_the_conflict_table_is_the_committed_result():
             assert recovery == told(summary["recovery"][arm]["mean"], "recovery", 1, 2), arm
     difference = summary["differences"]["wide"]["experts"]["mean"]
     assert f"{100 * difference['difference']:+.1f} [{100 * difference['ci_low']:+.1f}" in README
+
+
+@pytest.mark.parametrize("balance", ["global_batch", "bias"])
+def test_the_loop_of_ones_own_trains_and_balances_as_written(balance):
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "RoutingObjective" in block)
+    assert len(block.strip().splitlines()) <= 7
+    model = tiny_mole(balance=balance, gate="none")  # so that nothing but balance moves a router
+    weights = [p for p in model.parameters() if p.requires_grad]
+    names = {"model": model, "batches": [{"input_ids": INPUT_IDS, "labels": INPUT_IDS}] * 3}
+    before = [(router.router.weight.clone(), router.selection_bias) for router in mole_routers(model)]
+    exec(block, names | {"mllm": mllm, "optimizer": torch.optim.SGD(weights, lr=1.0)})
+    for router, (weight, bias) in zip(mole_routers(model), before, strict=True):
+        assert bias.any() if balance == "bias" else not torch.equal(router.router.weight, weight)

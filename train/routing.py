@@ -52,8 +52,8 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
             print(f"routers start from {of}: {told}", flush=True)
         else:
             print(
-                f"routers start at random: pictures do not tell {of}, {told}. They then have to learn as fast as all "
-                "else: leave optim.part_lr.router out.",
+                f"routers start at random: pictures do not tell {of}, {told}. They learn at optim.lr, whatever "
+                "optim.part_lr.router says.",
                 flush=True,
             )
     return start

@@ -27,7 +27,7 @@ from mllm.data.template import IGNORED, ConversationEncoder
 from mllm.mole import MoleConfig, RoutingObjective, routing_context, start_routers
 from mllm.mole.start import start_rows
 from train.config import OptimSection
-from train.parts import parameter_groups
+from train.parts import parameter_groups, router_rate_after
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,7 @@ def train_trial(
     if isinstance(config, MoleConfig) and config.starts_from_pictures and len(data.image_embeds):
         first = start_rows(data.domains, range(len(data)) if rows is None else rows)
         start = start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
-        if not start.is_set:  # routers that start at random have to learn as fast as all else
-            rates = schedule.optim.part_lr.model_copy(update={"router": None})
-            schedule = replace(schedule, optim=schedule.optim.model_copy(update={"part_lr": rates}))
+        schedule = replace(schedule, optim=router_rate_after(schedule.optim, start))
     return learn(model, data, schedule, rows=rows, on_step=on_step)
 
 

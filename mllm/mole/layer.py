@@ -52,7 +52,8 @@ class Experts(nn.Module):
 
         Without a routing every token takes the first and only expert: plain LoRA.
         """
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             x = x.to(self.A.dtype)
         x_TI, base_TO = self.dropout(x).flatten(0, -2), base_output.flatten(0, -2)
         if routing is not None and self.is_sorted:

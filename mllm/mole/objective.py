@@ -16,9 +16,9 @@ class RoutingObjective:
     """The routing losses of a loop of your own, and what balance does between its steps.
 
     Call `loss()` after each training forward, and `step()` after each optimizer step. It does what the model's
-    MoleConfig asks: balance over all micro-batches and ranks of a step, a weight that changes over the run, z and domain
-    losses, or a bias on the choice (balance="bias"). For a model without MOLE it adds nothing. All ranks must call it
-    together.
+    MoleConfig asks: balance over all micro-batches and ranks of a step, a weight that changes over the run, z and
+    domain losses, or a bias on the choice (balance="bias"). For a model without MOLE it adds nothing. All ranks must
+    call it together.
 
     Attributes:
         parts: the last forward's losses by name, unweighted and detached.
@@ -112,7 +112,7 @@ class RoutingLossMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether losses are shares of the step's already, so that Trainer will not divide them by its micro-batches."""
+        """Whether losses are shares of the step's already: Trainer then does not divide by its micro-batches."""
         if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             return self.loss_is_scaled_for_ga
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None

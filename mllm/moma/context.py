@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mllm.moma.expert_choice import ExpertChoice
 from mllm.routing import RoutingContext, Tokens
+from mllm.routing.context import of_tokens
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class MomaContext(RoutingContext):
     """A RoutingContext whose image tokens are a range of ids, filled by the model itself, without hooks."""
 
     tokens_class = MomaTokens
+    mode, document_BS = of_tokens("mode"), of_tokens("document_BS")
 
     def __init__(self, image_token_start: int, codebook_size: int) -> None:
         super().__init__()

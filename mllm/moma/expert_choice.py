@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mllm.routing import MODALITIES, ExpertLayout, Routing
 from mllm.routing.layout import ALL, SHARED
-from mllm.routing.routers.base import KeepsFp32
+from mllm.routing.routers.base import KeepsFp32, without_autocast
 
 if TYPE_CHECKING:
     from mllm.moma.context import MomaTokens
@@ -132,7 +132,7 @@ class AuxiliaryRouter(KeepsFp32):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """hidden_TD -> logits_TE, fp32; no gradient to the hidden states."""
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             hidden_TD = hidden_TD.detach().float()
             outer = self.outer.float().split(self.group_sizes)
             inner = [F.silu(F.linear(hidden_TD, inner_FD)) for inner_FD in self.inner.float()]
@@ -196,7 +196,7 @@ class ChoiceRouter(KeepsFp32):
         return self.auxiliary is not None and self.auxiliary.inner.requires_grad
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             return F.linear(hidden_TD.float(), self.weight.float())
 
     def choose(self, hidden_TD: Tensor, tokens: MomaTokens, is_open_T: Tensor) -> ExpertChoice:

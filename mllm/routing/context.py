@@ -24,7 +24,7 @@ from mllm.routing.past import Entry, find_cache, find_past, keep_past, past_leng
 from mllm.routing.routing import Routing
 
 UNREAD = (
-    "A model with MOLE is trained, but nobody has asked for the routing losses of its last forward, so its experts are "
+    "A model with MOLE is trained, but nobody has asked for the routing losses of a forward, so its experts are "
     "not balanced as its MoleConfig says. Add mllm.RoutingObjective(model).loss() to the loss, put "
     "mllm.RoutingLossMixin before transformers' Trainer, or switch the losses off in MoleConfig (balance='none')."
 )
@@ -186,7 +186,8 @@ class _OfThread(threading.local):
     has_told: bool = False
 
 
-def _of_tokens(name: str) -> property:
+def of_tokens(name: str) -> property:
+    """A context's attribute of that name: the tokens' own."""
     return property(lambda context: getattr(context.tokens, name), doc=f"`{name}` of the tokens, see `Tokens`.")
 
 
@@ -196,8 +197,9 @@ class RoutingContext:
     It has the attributes of `Tokens`, and `routings`, layer name -> Routing, in the order the layers ran. A thread that
     has run no forward sees the last one of any thread.
 
-    Recording is on only while the model's forward runs, so activation checkpointing does not record twice. Recomputation
-    in backward is given the tokens of its own forward (`carry`), in whatever order and thread backward passes come.
+    Recording is on only while the model's forward runs, so activation checkpointing does not record twice.
+    Recomputation in backward is given the tokens of its own forward (`carry`), in whatever order and thread backward
+    passes come.
 
     Example:
         >>> import torch, mllm, peft
@@ -446,12 +448,12 @@ class RoutingContext:
         finally:
             thread.recomputed = before
 
-    batch_size, sequence_length = _of_tokens("batch_size"), _of_tokens("sequence_length")
-    is_image_T, token_ids_T = _of_tokens("is_image_T"), _of_tokens("token_ids_T")
-    is_pad_T, sample_T = _of_tokens("is_pad_T"), _of_tokens("sample_T")
-    picture_BD, picture_TD = _of_tokens("picture_BD"), _of_tokens("picture_TD")
-    modality_T, patch_number_T = _of_tokens("modality_T"), _of_tokens("patch_number_T")
-    knows_domains, domain_of_row, domain_T = (_of_tokens(n) for n in ("knows_domains", "domain_of_row", "domain_T"))
+    batch_size, sequence_length = of_tokens("batch_size"), of_tokens("sequence_length")
+    is_image_T, token_ids_T = of_tokens("is_image_T"), of_tokens("token_ids_T")
+    is_pad_T, sample_T = of_tokens("is_pad_T"), of_tokens("sample_T")
+    picture_BD, picture_TD = of_tokens("picture_BD"), of_tokens("picture_TD")
+    modality_T, patch_number_T = of_tokens("modality_T"), of_tokens("patch_number_T")
+    knows_domains, domain_of_row, domain_T = (of_tokens(n) for n in ("knows_domains", "domain_of_row", "domain_T"))
 
     def on(self, device: torch.device) -> Tokens:
         """The tokens with all tensors on the device of the layer that asks."""

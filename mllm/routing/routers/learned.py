@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mllm.routing.context import Tokens
 from mllm.routing.layout import MODALITIES
-from mllm.routing.routers.base import Router, RouterSpec
+from mllm.routing.routers.base import Router, RouterSpec, without_autocast
 
 
 class LearnedRouter(Router):
@@ -39,7 +39,7 @@ class LearnedRouter(Router):
         self.row_of_X = row_of_X if rows < len(row_of_X) else None
 
     def forward(self, hidden_TD: Tensor, tokens: Tokens) -> Tensor:
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             hidden_TD = hidden_TD.float()
             if self.training and self.spec.jitter > 0:
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
