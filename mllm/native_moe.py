@@ -4,9 +4,17 @@ Only the router is replaced, never the experts: transformers' expert functions s
 experts once the experts module expects it, so a null pick is that index, and costs nothing under "eager" and
 "grouped_mm". ("batched_mm" computes the pick and drops it: it is made for decoding.)
 
-    context = add_null_experts(model, num_null_experts=8, top_k=3)
-    loss = model(**batch).loss + 0.01 * balance_loss(model)
-    save_null_experts(model, "run/nulls")        # and load_null_experts(base, "run/nulls")
+    >>> import torch
+    >>> from transformers import OlmoeConfig, OlmoeForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = OlmoeForCausalLM(OlmoeConfig(vocab_size=64, num_experts=4, num_experts_per_tok=2, **sizes))
+    >>> context = add_null_experts(model, num_null_experts=4, top_k=3)
+    >>> ids = torch.ones(2, 5, dtype=torch.long)
+    >>> loss = model(input_ids=ids, labels=ids).loss + 0.01 * balance_loss(model)
+    >>> context.stack("router_probs_TX").shape  # layers, tokens, real and null experts
+    torch.Size([1, 10, 8])
+
+`save_null_experts(model, folder)` keeps them, and `load_null_experts(base, folder)` puts them back.
 
 Order: the base, then null experts, then a PEFT adapter. LoRA may take "mlp.experts.gate_up_proj" and
 "mlp.experts.down_proj" as `target_parameters`; `router_parameters(model)` are what router tuning trains. Not

@@ -120,10 +120,16 @@ def routing_context(model: nn.Module) -> RoutingContext | None:
     Its `routings` are those of this thread's last forward, with `[T, X]` probabilities and `[T, K]` picks a layer.
 
     Example:
-        >>> context = mllm.routing_context(model)                            # doctest: +SKIP
-        >>> context.set_domains(["general", "document"])  # of the batch's rows, before its forward
-        >>> model(**batch).loss.backward()
-        >>> context.stack("router_probs_TX").mean((0, 1))  # over layers and tokens
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> mllm.routing_context(base) is None
+        True
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
+        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> mllm.routing_context(model).stack("router_probs_TX").shape  # layers, tokens, experts
+        torch.Size([1, 10, 3])
     """
     module = next(routed_modules(model), None)
     return None if module is None else module.routing_context
@@ -147,7 +153,15 @@ def routing_loss(
     Raises UserError for a model with MOLE that has run no forward yet, and for a domain that no expert is meant for.
 
     Example:
-        >>> loss = model(**batch).loss + mllm.routing_loss(model)[0]         # doctest: +SKIP
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
+        >>> ids = torch.ones(2, 5, dtype=torch.long)
+        >>> loss = model(input_ids=ids, labels=ids).loss + mllm.routing_loss(model)[0]
+        >>> loss.shape, list(mllm.routing_loss(model)[1])
+        (torch.Size([]), ['balance_loss'])
     """
     module = next(routed_modules(model), None)
     if module is None:
@@ -212,8 +226,14 @@ class BiasBalance:
     Does nothing for other models. `RoutingObjective` calls both where they are due.
 
     Example:
-        >>> mllm.BiasBalance(model).count()  # after each forward            # doctest: +SKIP
-        >>> mllm.BiasBalance(model).move()   # after the optimizer's step
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3, balance="bias"))
+        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> mllm.BiasBalance(model).count()  # after each forward
+        >>> mllm.BiasBalance(model).move()  # after the optimizer's step
     """
 
     def __init__(self, model: nn.Module) -> None:

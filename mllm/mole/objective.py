@@ -83,8 +83,8 @@ class RoutingLossMixin:
     data collator that keeps it as a list `domains`, and remove_unused_columns=False.
 
     Example:
-        >>> class Trainer(mllm.RoutingLossMixin, transformers.Trainer): ...    # doctest: +SKIP
-        >>> Trainer(model=model, args=arguments, train_dataset=rows).train()
+        >>> import mllm, transformers
+        >>> class Trainer(mllm.RoutingLossMixin, transformers.Trainer): ...
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

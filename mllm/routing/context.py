@@ -265,9 +265,10 @@ class RoutingContext:
             hook.remove()
         self._hooks = []
         for module in model.modules():
-            checkpoint = module.__dict__.get(CHECKPOINT)
-            if isinstance(checkpoint, CarriesTokens) and checkpoint.context is self:
-                setattr(module, CHECKPOINT, checkpoint.checkpoint)
+            for name in CHECKPOINTS:
+                checkpoint = module.__dict__.get(name)
+                if isinstance(checkpoint, CarriesTokens) and checkpoint.context is self:
+                    setattr(module, name, checkpoint.checkpoint)
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = kwargs
@@ -285,7 +286,7 @@ class RoutingContext:
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         forward = self._thread.running
         self.end()
-        if forward is None or output is None:  # None: it failed
+        if forward is None or output is None or in_backward():  # output None: it failed
             return
         cache = find_cache(output) if self._remembers else None
         if cache is not None and not forward.tokens.unknown_past:
@@ -387,10 +388,10 @@ class RoutingContext:
 
     def end(self) -> None:
         """End the forward: what runs from now on is recomputation and is not recorded."""
-        forward = self._thread.running
-        if forward is not None:
-            self._thread.last = self._newest = forward
-            self._thread.running = None
+        thread = self._thread
+        if thread.running is not None and not in_backward():  # a recomputed model is nobody's last forward
+            thread.last = self._newest = thread.running
+        thread.running = None
 
     # -- whose tokens --------------------------------------------------------------------------------------------------
 
@@ -413,17 +414,13 @@ class RoutingContext:
     def tokens(self) -> Tokens:
         """The tokens of `forward`; in recomputation those of its own forward.
 
-        Raises UserError in recomputation by a checkpoint that could not be told its tokens.
+        Under a checkpoint that could not be told them, asking for anything of them raises UserError.
         """
         thread = self._thread
         if thread.recomputed is not None:
             return thread.recomputed
-        if thread.running is None and torch._C._current_graph_task_id() != -1:
-            raise UserError(
-                "A layer is recomputed in backward by activation checkpointing that mllm does not know, so nobody can "
-                "tell which forward's tokens it sees. Use model.gradient_checkpointing_enable({'use_reentrant': False})"
-                " (in mllm train: its own setting)."
-            )
+        if thread.running is None and in_backward():
+            return Untold()
         return self.tokens_class() if self.forward is None else self.forward.tokens
 
     def carry(self, model: nn.Module) -> None:
@@ -434,9 +431,10 @@ class RoutingContext:
         if not torch.is_grad_enabled():
             return
         for module in model.modules():
-            checkpoint = module.__dict__.get(CHECKPOINT)
-            if checkpoint is not None and not _carries(checkpoint, self):
-                setattr(module, CHECKPOINT, CarriesTokens(self, checkpoint))
+            for name in CHECKPOINTS:
+                checkpoint = module.__dict__.get(name)
+                if checkpoint is not None and not _carries(checkpoint, self):
+                    setattr(module, name, CarriesTokens(self, checkpoint))
 
     @contextmanager
     def recomputing(self, tokens: Tokens) -> Iterator[None]:
@@ -515,7 +513,27 @@ class RoutingContext:
 
 # -- activation checkpointing ------------------------------------------------------------------------------------------
 
-CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a module's checkpoint function
+# Where a module keeps its checkpoint function: transformers' layers, and torch.distributed's checkpoint_wrapper.
+CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, so that a forward is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Untold:
+    """Stands for the tokens of a recomputation that nobody could tell. Routers that ask for none do not mind."""
+
+    def on(self, device: torch.device) -> Untold:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise UserError(
+            "A layer is recomputed in backward by activation checkpointing that mllm does not know: nobody can tell "
+            f"which forward's tokens it sees ({name} was asked for). Use "
+            "model.gradient_checkpointing_enable({'use_reentrant': False})."
+        )
 
 
 class CarriesTokens:

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
 
@@ -226,6 +227,47 @@ def test_checkpointing_that_nobody_could_tell_its_tokens_is_refused():
     loss = model.train()(**batch(processor, "red")).logits.sum()
     with pytest.raises(UserError, match="nobody can tell which forward's tokens"):
         loss.backward()
+
+
+def test_by_such_checkpointing_routers_that_read_the_token_alone_learn():
+    model, processor = make(router_reads="token")
+    block = model.get_base_model().get_decoder().layers[1].mlp
+    inner = block.forward
+    block.forward = lambda hidden: checkpoint(inner, hidden, use_reentrant=False)
+    model.train()(**batch(processor, "red")).logits.sum().backward()
+    assert block.mole_router["default"].router.weight.grad.any()
+
+
+def test_a_whole_model_under_checkpoint_keeps_its_record_and_its_gradients():
+    def step(way):
+        model, processor = make()
+        inputs = [batch(processor, colour) for colour in ("red", "blue")]
+        logits = [way(model.train(), each) for each in inputs]
+        before = dict(routing_context(model).routings)
+        routing_context(model).mark_read()
+        sum(each.square().mean() for each in logits).backward()
+        assert all(routing_context(model).routings[layer] is routing for layer, routing in before.items())
+        return gradients(model)
+
+    plain = step(lambda model, each: model(**each).logits)
+    whole = step(lambda model, each: checkpoint(lambda: model(**each).logits, use_reentrant=False))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(whole[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_torchs_own_checkpoint_wrapper_is_followed_too():
+    def step(wrap):
+        model, processor = make()
+        layers = model.get_base_model().get_decoder().layers
+        for number, layer in enumerate(layers):
+            layers[number] = checkpoint_wrapper(layer) if wrap else layer
+        losses = [model.train()(**batch(processor, colour)).logits.square().mean() for colour in ("red", "blue")]
+        routing_context(model).mark_read()
+        sum(losses).backward()
+        return list(gradients(model).values())
+
+    for plain, wrapped in zip(step(False), step(True), strict=True):
+        torch.testing.assert_close(wrapped, plain, atol=1e-6, rtol=1e-5)
 
 
 def test_an_unloaded_model_checkpoints_as_before():
