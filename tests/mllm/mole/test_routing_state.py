@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from mllm.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss
+from mllm.mole.layer import RoutingSlot
 from tests.mllm.mole.helpers import gradients, wake
 from tests.tiny import tiny_image, tiny_llava
 
@@ -336,3 +337,13 @@ def test_what_is_known_of_tokens_follows_the_layer_to_its_device(reader):
     with torch.no_grad():
         model(**batch(processor, "red"))
     assert calls == ["meta"]
+
+
+def test_a_blocks_routing_is_seen_by_its_own_thread_alone_and_not_copied():
+    slot, seen = RoutingSlot(), []
+    slot.routing = "ours"
+    thread = threading.Thread(target=lambda: seen.append(slot.routing))
+    thread.start()
+    thread.join()
+    assert seen == [None]
+    assert copy.deepcopy(slot).routing is None
