@@ -6,22 +6,48 @@ code runs, that waits until a name is asked for: it takes seconds, and ``mllm --
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from mllm.errors import UserError
 
-__all__ = ["MoleConfig", "MomaConfig", "MomaForCausalLM", "UserError", "build", "load"]
+# Public name -> the module it comes from; a name that is a module's own stands for that module.
+_HOMES = {
+    "BiasBalance": "mllm.mole",
+    "MoleConfig": "mllm.mole",
+    "MomaConfig": "mllm.moma",
+    "MomaForCausalLM": "mllm.moma",
+    "RoutingLossMixin": "mllm.mole",
+    "RoutingObjective": "mllm.mole",
+    "build": "mllm.build",
+    "load": "mllm.build",
+    "native_moe": "mllm.native_moe",
+    "routing_context": "mllm.mole",
+    "routing_loss": "mllm.mole",
+    "start_routers": "mllm.mole",
+}
+__all__ = [
+    "BiasBalance",
+    "MoleConfig",
+    "MomaConfig",
+    "MomaForCausalLM",
+    "RoutingLossMixin",
+    "RoutingObjective",
+    "UserError",
+    "build",
+    "load",
+    "native_moe",
+    "routing_context",
+    "routing_loss",
+    "start_routers",
+]
 
 
 def register() -> None:
     """Imports every public name, which registers tower, MoMa and MOLE. Further calls do nothing."""
-    from mllm.build import build, load
-    from mllm.mole import MoleConfig
-    from mllm.moma import MomaConfig, MomaForCausalLM
-
-    globals().update(
-        build=build, load=load, MoleConfig=MoleConfig, MomaConfig=MomaConfig, MomaForCausalLM=MomaForCausalLM
-    )
+    for name, home in _HOMES.items():
+        module = import_module(home)
+        globals()[name] = module if home.endswith(f".{name}") and not hasattr(module, name) else getattr(module, name)
 
 
 def __getattr__(name: str) -> object:

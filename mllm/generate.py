@@ -32,6 +32,7 @@ from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.mole import routing_context
 from mllm.peers import PeerPrompts
+from mllm.routing.context import Forward
 
 THREAD_NAME = "mllm-generate"
 CHAT = "chat"  # stands for a row in messages
@@ -99,25 +100,39 @@ def answer_batches(
     same batches.
     """
     prompts = prompts_for(processor)
-    with evaluating(model):
-        try:
+    try:
+        with evaluating(model):
             for rows in batches:
                 asked = [conversations[row] for row in rows]
                 yield _answer_batch(model, prompts, asked, max_new_tokens, blank, on_batch)
-        finally:
-            _tell_domains(model, None)
+    finally:
+        _tell_domains(model, None)
+
+
+_EVALUATED: dict[int, tuple[list[torch.nn.Module], list[None]]] = {}  # id of a model -> what trained, who evaluates
+_LOCK = threading.Lock()
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout in any part; afterwards each part is as it was, frozen ones in evaluation among trained ones."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
+    """While this lasts the model is in evaluation mode, without dropout and jitter; then each module as it was.
+
+    Threads may overlap: the model is put back when the last of them is done.
+    """
+    with _LOCK:
+        trained, users = _EVALUATED.setdefault(id(model), ([], []))
+        trained += [module for module in model.modules() if module.training]
+        users.append(None)
+        model.eval()
     try:
         yield
     finally:
-        for module in was_training:
-            module.training = True
+        with _LOCK:
+            users.pop()
+            if not users:
+                del _EVALUATED[id(model)]
+                for module in trained:
+                    module.training = True
 
 
 def _tell_domains(model: PreTrainedModel | PeftModel, domains: list[str] | None) -> None:
@@ -211,7 +226,8 @@ def stream(
     """Yields the reply to a chat in pieces as it is written.
 
     The generation runs in a thread of its own and ends with this iterator: when `stop` is set, when the iterator is
-    closed, or when the reply is complete. Afterwards the thread is gone.
+    closed, or when the reply is complete. Afterwards the thread is gone, the model is in the mode it was in, and
+    `mllm.routing_context(model)` holds the routing of the last token.
 
     Args:
         messages: `{"role": "system" | "user" | "assistant", "content": …}`, content a string with an `<image>` mark
@@ -244,26 +260,33 @@ def stream(
     abandoned = threading.Event()
     failures: list[BaseException] = []
 
+    context = routing_context(model)
+    forwards: list[Forward | None] = []
+
     def generate() -> None:
         try:
-            model.generate(
-                **_inputs(model, prompt),
-                generation_config=settings,
-                streamer=streamer,
-                stopping_criteria=[_StopWhenSet(stop, abandoned)],
-            )
+            with evaluating(model):
+                model.generate(
+                    **_inputs(model, prompt),
+                    generation_config=settings,
+                    streamer=streamer,
+                    stopping_criteria=[_StopWhenSet(stop, abandoned)],
+                )
+            if context is not None:
+                forwards.append(context.forward)
         except BaseException as error:  # handed to the reader, who would otherwise wait for ever
             failures.append(error)
             streamer.on_finalized_text("", stream_end=True)
 
     thread = threading.Thread(target=generate, name=THREAD_NAME, daemon=True)
-    with evaluating(model):
-        thread.start()
-        try:
-            yield from filter(None, streamer)
-        finally:
-            abandoned.set()
-            thread.join()
+    thread.start()
+    try:
+        yield from filter(None, streamer)
+    finally:
+        abandoned.set()
+        thread.join()
+        for forward in forwards:
+            context.adopt(forward)
     if failures:
         raise failures[0]
 

@@ -4,9 +4,17 @@ Only the router is replaced, never the experts: transformers' expert functions s
 experts once the experts module expects it, so a null pick is that index, and costs nothing under "eager" and
 "grouped_mm". ("batched_mm" computes the pick and drops it: it is made for decoding.)
 
-    context = add_null_experts(model, num_null_experts=8, top_k=3)
-    loss = model(**batch).loss + 0.01 * balance_loss(model)
-    save_null_experts(model, "run/nulls")        # and load_null_experts(base, "run/nulls")
+    >>> import torch
+    >>> from transformers import OlmoeConfig, OlmoeForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = OlmoeForCausalLM(OlmoeConfig(vocab_size=64, num_experts=4, num_experts_per_tok=2, **sizes))
+    >>> context = add_null_experts(model, num_null_experts=4, top_k=3)
+    >>> ids = torch.ones(2, 5, dtype=torch.long)
+    >>> loss = model(input_ids=ids, labels=ids).loss + 0.01 * balance_loss(model)
+    >>> context.stack("router_probs_TX").shape  # layers, tokens, real and null experts
+    torch.Size([1, 10, 8])
+
+`save_null_experts(model, folder)` keeps them, and `load_null_experts(base, folder)` puts them back.
 
 Order: the base, then null experts, then a PEFT adapter. LoRA may take "mlp.experts.gate_up_proj" and
 "mlp.experts.down_proj" as `target_parameters`; `router_parameters(model)` are what router tuning trains. Not
@@ -33,7 +41,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mllm.errors import UserError
-from mllm.routing import BALANCE_LOSSES, ExpertLayout, Routing, RoutingContext, Target
+from mllm.routing import BALANCE_LOSSES, BalanceWindow, ExpertLayout, Routing, RoutingContext, Target
 
 CONFIG_FILE = "null_experts.json"
 WEIGHTS_FILE = "null_experts.safetensors"
@@ -205,7 +213,8 @@ def add_null_experts(
     a zero null's logit enters no weight: its row learns from `balance_loss` alone, so do not leave that out.
 
     Raises UserError for a model without such routers, one that was changed already, adapters included, one whose
-    weights are not whole in this process, and values that cannot be. From then on the model refuses
+    weights are not whole in this process, and values that cannot be: with one renormalised pick every weight would be 1
+    and the router learn nothing. From then on the model refuses
     output_router_logits: transformers' own loss would count the nulls as experts; use `balance_loss`.
     """
     _check_model(model)
@@ -336,6 +345,13 @@ def _check_config(config: NullExpertsConfig, router: nn.Module, init: str) -> No
             f"top_k={config.top_k} must be from 1 to {real + config.num_null_experts}: a token chooses among {real} "
             f"real and {config.num_null_experts} null experts."
         )
+    is_as_it_was = config.num_null_experts == 0 and config.top_k == router.top_k and _renormalizes(router)
+    if config.top_k == 1 and config.renormalize and not is_as_it_was:
+        raise UserError(
+            "top_k=1 with renormalised weights makes every weight 1: the router would get no gradient from the task. "
+            f"Set top_k=2 or more, or renormalize=False ({type(router).__name__} renormalises by itself: "
+            f"{_renormalizes(router)})."
+        )
 
 
 # -- what a model with null experts can be asked -----------------------------------------------------------------------
@@ -362,6 +378,7 @@ def balance_loss(
     balance: str = "global_batch",
     null_balance: str = "averaged",
     real_share: float | None = None,
+    window: BalanceWindow | None = None,
 ) -> Tensor:
     """The balance loss of the last forward over real and null experts, 1 when routing is on target; unweighted.
 
@@ -370,6 +387,8 @@ def balance_loss(
         taken (AdaMoE, 2406.13233, Eq. 7, with f over K), or "each", which is what its released Mixtral code does: its
         averaging reaches nothing.
     real_share: share of picks that real experts should get (ρ of 2601.15370). None: E / (E + m).
+    window: the picks of the optimizer step so far, for balance="global_batch"; reset it after each step. None: the step
+        is this forward.
 
     Padding does not count. Raises UserError for a model without null experts, an unknown name, and when nothing was
     recorded: no forward yet, or a router copied by PEFT's modules_to_save.
@@ -385,6 +404,8 @@ def balance_loss(
     router = next(iter(routers.values()))
     if real_share is not None and not (router.config.num_null_experts > 0 and 0 < real_share < 1):
         raise UserError(f"real_share={real_share} must lie between 0 and 1 and needs null experts; leave it None.")
+    if window is not None and balance != "global_batch":
+        raise UserError(f'window is for balance="global_batch", which pools the picks of a step; got {balance!r}.')
     context = router.routing_context
     if not context.routings:
         raise UserError(
@@ -399,6 +420,7 @@ def balance_loss(
         sample_T=context.sample_T,
         population_T=torch.zeros_like(context.sample_T),
         target=Target.of(layout, real_share, null_balance),
+        **({} if window is None else {"window": window}),
     )
 
 

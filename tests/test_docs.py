@@ -95,15 +95,19 @@ def test_every_python_example_parses_and_imports_what_there_is(page):
                     assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
-def test_the_loop_of_ones_own_trains_the_routers():
+@pytest.mark.parametrize("balance", ["global_batch", "bias"])
+def test_the_loop_of_ones_own_trains_and_balances_the_routers_as_written(balance):
     (loop,) = [code for code in fences("docs/routing.md", "python") if "optimizer.step()" in code]
-    model = peft.get_peft_model(tiny_language_model(), MoleConfig(r=2, num_experts=3, expert_domains=["a", "b", "c"]))
+    config = MoleConfig(r=2, num_experts=3, expert_domains=["a", "b", "c"], balance=balance)
+    model = peft.get_peft_model(tiny_language_model(), config)
     weight = next(weight for name, weight in model.named_parameters() if "mole_router" in name)
     before, ids = weight.detach().clone(), torch.tensor([[5, 6, 7], [8, 9, 10]])
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     batches = [({"input_ids": ids, "labels": ids}, ["a", "b"])]
     exec(loop, {"model": model, "optimizer": optimizer, "batches": batches})
     assert not torch.equal(weight, before)
+    if balance == "bias":
+        assert any(bias.any() for name, bias in model.named_buffers() if "selection_bias" in name)
 
 
 def test_readme_is_short_and_keeps_its_numbers_in_one_table():

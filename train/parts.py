@@ -23,6 +23,7 @@ from mllm.build import BASE_CARD, PROJECTOR_FILE, load
 from mllm.errors import UserError
 from mllm.identity import base_samples, check_start_keeps_base
 from mllm.mole import MoleConfig, MoleModel
+from mllm.mole.start import Start
 from mllm.mole.targets import block_linears, find_targets
 from mllm.names import check_names, matches, nearest
 from train.config import ModelSection, OptimSection, TrainConfig
@@ -345,6 +346,17 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def part_rate(optim: OptimSection, part: str) -> float:
     """The learning rate of a part."""
     return getattr(optim.part_lr, part) or optim.lr
+
+
+def router_rate_after(optim: OptimSection, start: Start | None) -> OptimSection:
+    """The settings with which routers learn after `start`, which `start_routers` gave; None: they did not start so.
+
+    A rate of routers' own is for routers that are set already. Those that pictures could not set start at random, and
+    have to learn as fast as all else.
+    """
+    if start is None or start.is_set:
+        return optim
+    return optim.model_copy(update={"part_lr": optim.part_lr.model_copy(update={"router": None})})
 
 
 def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:

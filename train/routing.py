@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.data.encoded import EncodedMixture
-from mllm.mole import BiasBalance, MoleConfig, MoleLayer, routing_context, routing_loss, start_routers
+from mllm.mole import MoleConfig, MoleLayer, RoutingObjective, start_routers
 from mllm.mole.start import Start, start_rows
-from mllm.routing import BalanceWindow, RoutingStats
+from mllm.routing import RoutingStats
 from mllm.routing.watch import RoutingWatch
 from train.ranks import summed, world_size
 
@@ -52,8 +52,8 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
             print(f"routers start from {of}: {told}", flush=True)
         else:
             print(
-                f"routers start at random: pictures do not tell {of}, {told}. They then have to learn as fast as all "
-                "else: leave optim.part_lr.router out.",
+                f"routers start at random: pictures do not tell {of}, {told}. They learn at optim.lr, whatever "
+                "optim.part_lr.router says.",
                 flush=True,
             )
     return start
@@ -79,12 +79,10 @@ class RunRouting(TrainerCallback):
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
         self.device = device  # where the figures of the ranks are added up
-        self.context = routing_context(model)
-        self.window = BalanceWindow()
-        self.bias = BiasBalance(model)
+        self.objective = RoutingObjective(model)
+        self.context = self.objective.context
         self.gradients = RouterGradients(model)
         self.watch = RoutingWatch()
-        self.progress = 0.0
         self.last = RoutingStats()  # of the interval logged last, over all ranks
         self._clear()
 
@@ -96,16 +94,15 @@ class RunRouting(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.window.reset()
-        self.progress = state.global_step / state.max_steps
+        self.objective.steps = state.max_steps
+        self.objective.begin_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bias.move()  # before Trainer saves, so that a checkpoint holds the bias of its step
+        self.objective.bias.move()  # before Trainer saves, so that a checkpoint holds the bias of its step
 
     def before_forward(self, domains: list[str]) -> None:
         """Tell the rows' domains to routers that go by them."""
-        if self.context is not None:
-            self.context.set_domains(domains)
+        self.objective.set_domains(domains)
 
     def after_forward(self, domains: list[str]) -> Tensor | float:
         """Take in the routings of the last forward; returns its weighted routing losses, 0 where it has none."""
@@ -113,12 +110,8 @@ class RunRouting(TrainerCallback):
             return 0.0
         self.batches += 1
         self.stats.update(self.context, domains)
-        self.bias.count()
-        result = routing_loss(self.model, window=self.window, progress=self.progress)
-        if result is None:
-            return 0.0
-        loss, parts = result
-        for name, value in parts.items():
+        loss = self.objective.loss()
+        for name, value in self.objective.parts.items():
             self.losses[name] = self.losses.get(name, 0.0) + value.double()
         return loss
 

@@ -25,7 +25,7 @@ from mllm.data.template import ConversationEncoder
 from train.bad_rows import BAD_ROWS
 from train.check import ADAPTER, CHECKPOINTS, ROWS, SETTINGS, checkpoints, find_checkpoint, tell_of_checkpoint
 from train.config import TrainConfig
-from train.parts import build_model, part_of, part_rate, starts_from_adapter, trained
+from train.parts import build_model, part_of, part_rate, router_rate_after, starts_from_adapter, trained
 from train.routing import routing_table, start_from_domains
 from train.trainer import LOG, LogFile, MllmTrainer, ProgressLine
 from train.zero import deepspeed_config
@@ -50,14 +50,16 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     encoder = ConversationEncoder(processor, min(config.data.max_length, positions))
     card = base_card(model, config.model.path, processor)
-    if checkpoint is None and not starts_from_adapter(config.model):
-        start_from_domains(model, EncodedMixture(mixture, encoder), mixture.order(config.run.seed, 0))
+    learned = config
+    if not starts_from_adapter(config.model):  # when resumed too: weights come from the checkpoint, the rate from here
+        start = start_from_domains(model, EncodedMixture(mixture, encoder), mixture.order(config.run.seed, 0))
+        learned = config.model_copy(update={"optim": router_rate_after(config.optim, start)})
     steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
     if is_first():
-        show_run(config, model, mixture, encoder, steps)
+        show_run(learned, model, mixture, encoder, steps)
         prepare_folder(config, fresh=checkpoint is None, rows=mixture.digest())
     trainer = MllmTrainer(
-        config=config,
+        config=learned,
         domains=mixture.domains,
         base_card=card,
         model=model,

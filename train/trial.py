@@ -24,11 +24,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm.data.conversation import Conversation
 from mllm.data.template import IGNORED, ConversationEncoder
-from mllm.mole import BiasBalance, MoleConfig, routing_context, routing_loss, start_routers
+from mllm.mole import MoleConfig, RoutingObjective, routing_context, start_routers
 from mllm.mole.start import start_rows
-from mllm.routing import BalanceWindow
 from train.config import OptimSection
-from train.parts import parameter_groups
+from train.parts import parameter_groups, router_rate_after
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,7 @@ def train_trial(
     if isinstance(config, MoleConfig) and config.starts_from_pictures and len(data.image_embeds):
         first = start_rows(data.domains, range(len(data)) if rows is None else rows)
         start = start_routers(model, data.pictures_ND(first), [data.domains[row] for row in first])
-        if not start.is_set:  # routers that start at random have to learn as fast as all else
-            rates = schedule.optim.part_lr.model_copy(update={"router": None})
-            schedule = replace(schedule, optim=schedule.optim.model_copy(update={"part_lr": rates}))
+        schedule = replace(schedule, optim=router_rate_after(schedule.optim, start))
     return learn(model, data, schedule, rows=rows, on_step=on_step)
 
 
@@ -163,20 +160,17 @@ def learn(
     warmup = round(optim.warmup_ratio * schedule.steps)
     rate = get_scheduler(schedules[optim.schedule], optimizer, warmup, schedule.steps)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    bias, context = BiasBalance(model), routing_context(model)
+    objective = RoutingObjective(model, schedule.steps)
     model.train()
     for step, batch_rows in enumerate(schedule.order(range(len(data)) if rows is None else rows)):
         inputs, labels, domains = data.batch(batch_rows)
-        if context is not None:
-            context.set_domains(domains)
+        objective.set_domains(domains)
         losses_T, _ = answer_losses(model, inputs, labels)
         loss = losses_T.mean()
-        extra = routing_loss(model, window=BalanceWindow(), progress=step / schedule.steps)
-        (loss if extra is None else loss + extra[0]).backward()
-        bias.count()
+        (loss + objective.loss()).backward()
         nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
-        bias.move()
+        objective.step()
         rate.step()
         optimizer.zero_grad(set_to_none=True)
         if on_step is not None:

@@ -156,7 +156,9 @@ def routing_vectors(
 
     space: "probs", or "logits", centred over the experts that the token may take and 0 for the others.
     """
-    parts = [_field_TX(context.routings[name], space).unflatten(0, weights_BS.shape) for name in layers]
+    parts = [
+        _field_TX(context.routings[name], space).to(weights_BS.device).unflatten(0, weights_BS.shape) for name in layers
+    ]
     return torch.cat([torch.einsum("bs,bsx->bx", weights_BS, part_BSX) for part_BSX in parts], dim=1)
 
 

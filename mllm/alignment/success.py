@@ -28,6 +28,7 @@ from mllm.errors import UserError
 from mllm.evaluate import code_stamp, template_of
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.recipe import Recipe
+from mllm.generate import evaluating
 
 
 def answered(
@@ -90,13 +91,11 @@ def score(
 ) -> Scores:
     """Scores rows by one forward each, whole or from cached states; `around` is entered for each batch's forward."""
     rows = range(len(data)) if rows is None else rows
-    was_training = model.training
-    model.eval()
     losses, exact = [], []
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         inputs, labels_BS, _ = batch = data.batch(chosen)
-        with around(chosen, batch) if around else nullcontext():
+        with evaluating(model), around(chosen, batch) if around else nullcontext():
             logits_TV, targets_T, rows_T = answer_logits(model, inputs, labels_BS)
         sums = torch.zeros(3, len(labels_BS), device=logits_TV.device)
         loss_T = F.cross_entropy(logits_TV, targets_T, reduction="none")
@@ -104,5 +103,4 @@ def score(
         sums.index_add_(1, rows_T, torch.stack([loss_T, right_T, torch.ones_like(loss_T)]))
         losses.append((sums[0] / sums[2]).cpu())
         exact.append((sums[1] == sums[2]).cpu())
-    model.train(was_training)
     return Scores(torch.cat(losses), torch.cat(exact))

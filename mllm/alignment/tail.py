@@ -67,6 +67,7 @@ def run(model: nn.Module, inputs: dict[str, Any], positions_P: Tensor | None) ->
         logits_BPV = model(**inputs, use_cache=False, logits_to_keep=keep).logits
         return None if positions_P is None else logits_BPV
     base, context, mask_BS = unwrapped(model), routing_context(model), inputs["attention_mask"]
+    context.carry(base)
     context.begin(input_ids=inputs["input_ids"], attention_mask=mask_BS, picture_BD=inputs.get(PICTURE))
     try:
         with skipped(decoder_layers(model)[: inputs[FIRST]]):

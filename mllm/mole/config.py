@@ -298,6 +298,16 @@ class MoleConfig(PeftConfig):
         return find_router(self.router).learns
 
     @property
+    def balances_by_loss(self) -> bool:
+        """Whether a balance loss with a weight, now or later, is added to the task's."""
+        return self.balance in BALANCE_LOSSES and (self.balance_loss_weight > 0 or bool(self.balance_final_weight))
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether training has to do something about routing after each forward (see `mllm.RoutingObjective`)."""
+        return self.balances_by_loss or self.balance == "bias" or self.z_loss_weight > 0 or self.teaches_domains
+
+    @property
     def teaches_domains(self) -> bool:
         """Whether the domain loss is on."""
         return self.learns and bool(self.expert_domains) and self.domain_loss_weight > 0

@@ -7,7 +7,7 @@ Both are called exactly like what they wrap.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import threading
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from mllm.mole.targets import block_linears, linear_sizes
 from mllm.routing import Routing, RoutingContext, TokenRouter
 
 
-@dataclass
-class RoutingSlot:
-    """Where a block leaves its routing for its own linears, during its forward only."""
+class RoutingSlot(threading.local):
+    """Where a block leaves its routing for its own linears, during its forward only; each thread its own."""
 
     routing: Routing | None = None
+
+    def __reduce__(self) -> tuple[type[RoutingSlot], tuple[()]]:
+        return RoutingSlot, ()  # a copy is empty; the standard way cannot copy what belongs to a thread
 
 
 class Experts(nn.Module):
@@ -50,7 +52,8 @@ class Experts(nn.Module):
 
         Without a routing every token takes the first and only expert: plain LoRA.
         """
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             x = x.to(self.A.dtype)
         x_TI, base_TO = self.dropout(x).flatten(0, -2), base_output.flatten(0, -2)
         if routing is not None and self.is_sorted:
@@ -146,14 +149,14 @@ def token_router(config: MoleConfig, width: int) -> TokenRouter:
 
 def decide(module: MoleBlock | MoleLinear, hidden: Tensor) -> Routing:
     """Routes the tokens of hidden [..., D] by the module's own router and records the decision."""
-    router, context = module.mole_router[module.active_adapters[0]], module.routing_context
+    router, tokens = module.mole_router[module.active_adapters[0]], module.routing_context.on(hidden.device)
     read_TD = hidden.flatten(0, -2)
     if module.config.router_reads == "picture":
-        read_TD = context.picture_TD
+        read_TD = tokens.picture_TD
     elif module.config.router_reads == "both":
-        read_TD = torch.cat([read_TD, context.picture_TD.to(read_TD.dtype)], dim=-1)
-    routing = router(read_TD, context)
-    context.record(module.layer, routing, trainable=router.is_trainable)
+        read_TD = torch.cat([read_TD, tokens.picture_TD.to(read_TD.dtype)], dim=-1)
+    routing = router(read_TD, tokens)
+    module.routing_context.record(module.layer, routing, trainable=router.is_trainable)
     return routing
 
 

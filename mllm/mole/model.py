@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from mllm.mole.config import MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.targets import Targets, find_targets
 from mllm.names import check_names
-from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, z_loss
+from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, find_router, z_loss
 from mllm.routing.losses import domain_loss, moved_selection_bias, over_ranks, pool, scheduled
 
 PROJECTOR = "multi_modal_projector"
@@ -34,6 +35,15 @@ class MoleModel(BaseTuner):
     tuner_layer_cls = MoleLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    def _pre_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
+        self.routing_context = RoutingContext(_image_token_id(model))
+
+    def _post_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
+        remembers = config.router_reads in ("picture", "both")
+        if hasattr(model, "get_image_features"):
+            remembers = remembers or find_router(config.router).counts_patches
+        self.routing_context.attach(model, remembers=remembers, has_losses=config.has_losses)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, with a routing context for what is put in. Raises UserError for a model with an adapter."""
         remove_deleted(model)
@@ -45,10 +55,7 @@ class MoleModel(BaseTuner):
                 "tokens by two routers. Load the second one into a fresh copy of the base model."
             )
         self.active_adapter = adapter_name  # none is, where the last one was deleted
-        self.routing_context = RoutingContext(_image_token_id(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        sees_pictures = self.peft_config[adapter_name].router_reads in ("picture", "both")
-        self.routing_context.attach(model, sees_pictures=sees_pictures)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -126,7 +133,7 @@ class MoleModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without anything of MOLE, its own modules back in place."""
-        self.routing_context.detach()
+        self.routing_context.detach(self.model)
         return super().unload()
 
 
@@ -137,7 +144,7 @@ def remove_deleted(model: nn.Module) -> None:
         if not is_ours or module.mole_router or getattr(module, "mole_experts", None):
             continue
         if module.layer is not None:
-            module.routing_context.detach()
+            module.routing_context.detach(model)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.base_layer)
 
@@ -153,33 +160,66 @@ def routed_modules(model: nn.Module) -> Iterator[MoleBlock | MoleLinear]:
 
 
 def routing_context(model: nn.Module) -> RoutingContext | None:
-    """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without."""
+    """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without.
+
+    Its `routings` are those of this thread's last forward, with `[T, X]` probabilities and `[T, K]` picks a layer.
+
+    Example:
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> mllm.routing_context(base) is None
+        True
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
+        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> mllm.routing_context(model).stack("router_probs_TX").shape  # layers, tokens, experts
+        torch.Size([1, 10, 3])
+    """
     module = next(routed_modules(model), None)
     return None if module is None else module.routing_context
 
 
 def routing_loss(
     model: nn.Module, *, window: BalanceWindow | None = None, progress: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """What the last forward's routing adds to the task loss.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What this thread's last forward adds to the task loss. `RoutingObjective` does this and all that belongs to it.
 
-    Returns the weighted sum and its parts, {"balance_loss": …, "z_loss": …}, unweighted and detached.
+    Returns the weighted sum, a scalar, and its parts, {"balance_loss": …, "z_loss": …}, unweighted and detached.
     Losses with weight 0 and balance "none" and "bias" are left out. Padding does not count, every other token does.
-    None where there is nothing to add: a model without MOLE, a disabled adapter, no forward yet, no loss with a weight.
+    Zero and {} where there is nothing to add: a model without MOLE, a disabled adapter, no loss with a weight.
     With balance="global_batch" all ranks must call it together.
 
     Args:
         window: the picks of the optimizer step so far, for balance="global_batch"; reset it after each step. None: the
             step is this forward.
         progress: share of training that is done, in [0, 1], for a scheduled weight.
+
+    Raises UserError for a model with MOLE that has run no forward yet, and for a domain that no expert is meant for.
+
+    Example:
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
+        >>> ids = torch.ones(2, 5, dtype=torch.long)
+        >>> loss = model(input_ids=ids, labels=ids).loss + mllm.routing_loss(model)[0]
+        >>> loss.shape, list(mllm.routing_loss(model)[1])
+        (torch.Size([]), ['balance_loss'])
     """
     module = next(routed_modules(model), None)
-    if module is None or not module.routing_context.routings:
-        return None
+    if module is None:
+        return torch.zeros(()), {}
     context, config = module.routing_context, module.config
+    if context.forward is None:
+        raise UserError("routing_loss reads the last forward, and the model has run none: call the model first.")
+    context.mark_read()
+    if not context.routings:
+        return torch.zeros((), device=context.sample_T.device), {}
     weighted, losses = [], {}
     weight = scheduled(config.balance_loss_weight, config.balance_final_weight, config.balance_schedule, progress)
-    if config.balance in BALANCE_LOSSES and (weight > 0 or config.balance_final_weight):
+    if config.balances_by_loss:
         options = {"window": window} if config.balance == "global_batch" else {}
         losses["balance_loss"] = BALANCE_LOSSES[config.balance](
             router_probs_LTX=context.stack("router_probs_TX"),
@@ -201,9 +241,8 @@ def routing_loss(
         logits_LTX = context.stack("router_logits_TX")
         losses["z_loss"] = z_loss(router_logits_LTX=logits_LTX, is_counted_T=~context.is_pad_T)
         weighted.append(config.z_loss_weight * losses["z_loss"])
-    if not weighted:
-        return None
-    return sum(weighted), {name: loss.detach() for name, loss in losses.items()}
+    total = sum(weighted) if weighted else torch.zeros((), device=context.sample_T.device)
+    return total, {name: loss.detach() for name, loss in losses.items()}
 
 
 def _population(config: MoleConfig, context: RoutingContext) -> Tensor:
@@ -217,36 +256,61 @@ def _due_experts(config: MoleConfig, context: RoutingContext) -> Tensor:
     return due_PDE[_population(config, context), context.domain_T(config.expert_domains)]
 
 
-class BiasBalance:
-    """Loss-free balance of a model with balance="bias": count after every forward, move once an optimizer step.
+@dataclass
+class BiasCounts:
+    """Picks of the step so far, of layers in running order, which need not be that of the modules."""
 
-    All ranks must call both together. Does nothing for other models.
+    window: BalanceWindow = field(default_factory=BalanceWindow)
+    layers: list[str] = field(default_factory=list)
+
+
+class BiasBalance:
+    """Loss-free balance (2408.15664) of a model with balance="bias": count after every forward, move once a step.
+
+    The counts belong to the model, so any two objects for it are the same. All ranks must call both methods together.
+    Does nothing for other models. `RoutingObjective` calls both where they are due.
+
+    Example:
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3, balance="bias"))
+        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> mllm.BiasBalance(model).count()  # after each forward
+        >>> mllm.BiasBalance(model).move()  # after the optimizer's step
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in routed_modules(model) if module.config.balance == "bias"]
-        self.window = BalanceWindow()
-        self.layers: list[str] = []  # in running order, which need not be that of the modules
+        self.context = self.modules[0].routing_context if self.modules else None
+
+    @property
+    def counts(self) -> BiasCounts:
+        """Of the model."""
+        self.context.bias_counts = self.context.bias_counts or BiasCounts()
+        return self.context.bias_counts
 
     @torch.no_grad()
     def count(self) -> None:
         """Add the picks of the last forward."""
-        if not self.modules or not self.modules[0].routing_context.routings:
+        if not self.modules or not self.context.routings:
             return
-        config, context = self.modules[0].config, self.modules[0].routing_context
-        self.layers, populations = context.layers, len(config.target.share_PX)
+        config, context = self.modules[0].config, self.context
+        context.mark_read()
+        self.counts.layers, populations = context.layers, len(config.target.share_PX)
         counts_LPX = pool(context.stack("picks_TX"), _population(config, context), populations, ~context.is_pad_T)
-        self.window.add(over_ranks(counts_LPX, ~context.is_pad_T)[0])
+        self.counts.window.add(over_ranks(counts_LPX, ~context.is_pad_T)[0])
 
     @torch.no_grad()
     def move(self) -> None:
-        """Move every router's bias towards its target and begin a new step."""
-        if self.window.counts_LPX is None:
+        """Move every router's bias towards its target and begin a new step; nothing where nobody has counted."""
+        if not self.modules or self.counts.window.counts_LPX is None:
             return
         for module in self.modules:
-            counts_PX = self.window.counts_LPX[self.layers.index(module.layer)]
+            counts_PX = self.counts.window.counts_LPX[self.counts.layers.index(module.layer)]
             (router,) = module.mole_router.values()
-            config = module.config
-            bias = moved_selection_bias(router.selection_bias, counts_PX, config.target, config.bias_update_rate)
-            router.selection_bias.copy_(bias)
-        self.window.reset()
+            config, bias_X = module.config, router.selection_bias
+            counts_PX = counts_PX.to(bias_X.device)
+            bias_X.copy_(moved_selection_bias(bias_X, counts_PX, config.target, config.bias_update_rate))
+        self.counts.window.reset()

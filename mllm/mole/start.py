@@ -41,6 +41,17 @@ def start_routers(model: nn.Module, pictures_ND: Tensor, domains: Sequence[str])
 
     Raises:
         UserError: there is nothing to set (see `MoleConfig.starts_from_pictures`), or a domain that no expert is for.
+
+    Example:
+        >>> import torch, mllm, peft
+        >>> base, processor = mllm.load("miniworld")
+        >>> config = mllm.MoleConfig(r=2, num_experts=2, expert_domains=["general", "document"])
+        >>> model = peft.get_peft_model(base, config)
+        >>> domains = ["general", "document"] * 8
+        >>> pictures = torch.randn(16, base.config.get_text_config().hidden_size)
+        >>> pictures[::2] += 5  # general pictures look different
+        >>> mllm.start_routers(model, pictures, domains)
+        Start(right=1.0, is_set=True)
     """
     modules = list(routed_modules(model))
     config = modules[0].config if modules else None

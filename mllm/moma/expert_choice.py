@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mllm.routing import MODALITIES, ExpertLayout, Routing
 from mllm.routing.layout import ALL, SHARED
-from mllm.routing.routers.base import KeepsFp32
+from mllm.routing.routers.base import KeepsFp32, without_autocast
 
 if TYPE_CHECKING:
-    from mllm.moma.context import MomaContext
+    from mllm.moma.context import MomaTokens
 
 MODES = {
     "batch": "expert choice over the training batch",
@@ -132,7 +132,7 @@ class AuxiliaryRouter(KeepsFp32):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """hidden_TD -> logits_TE, fp32; no gradient to the hidden states."""
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             hidden_TD = hidden_TD.detach().float()
             outer = self.outer.float().split(self.group_sizes)
             inner = [F.silu(F.linear(hidden_TD, inner_FD)) for inner_FD in self.inner.float()]
@@ -196,24 +196,24 @@ class ChoiceRouter(KeepsFp32):
         return self.auxiliary is not None and self.auxiliary.inner.requires_grad
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             return F.linear(hidden_TD.float(), self.weight.float())
 
-    def choose(self, hidden_TD: Tensor, context: MomaContext, is_open_T: Tensor) -> ExpertChoice:
-        """What the experts choose among the open tokens, in the context's mode."""
-        allowed_TE = self.allowed_PE[context.modality_T] if self.layout.is_grouped else self.allowed_PE
+    def choose(self, hidden_TD: Tensor, tokens: MomaTokens, is_open_T: Tensor) -> ExpertChoice:
+        """What the experts choose among the open tokens, in the forward's mode."""
+        allowed_TE = self.allowed_PE[tokens.modality_T] if self.layout.is_grouped else self.allowed_PE
         is_open_TE = allowed_TE & is_open_T[:, None]
         clean_TE = self(hidden_TD).masked_fill(~allowed_TE, -torch.inf)
         logits_TE = self._with_noise(clean_TE)
         scores_TE = logits_TE.sigmoid().masked_fill(self.is_lone_E & allowed_TE, 1)
         auxiliary_TE = cutoff_E = None
-        if context.mode == "aux" or self.trains_auxiliary:
+        if tokens.mode == "aux" or self.trains_auxiliary:
             auxiliary_TE = self.auxiliary(hidden_TD)
-        if context.mode in ("batch", "batch_leaky"):
+        if tokens.mode in ("batch", "batch_leaky"):
             is_chosen_TE, cutoff_E = self._choose(scores_TE.detach(), is_open_TE)
             if logits_TE is not clean_TE:  # thresholds are for evaluation, which has no noise
                 cutoff_E = self._choose(clean_TE.detach().sigmoid(), is_open_TE)[1]
-        elif context.mode == "aux":
+        elif tokens.mode == "aux":
             is_chosen_TE = (auxiliary_TE > 0) & is_open_TE
         else:
             is_chosen_TE = (scores_TE >= self.threshold) & is_open_TE
@@ -236,6 +236,7 @@ class ChoiceRouter(KeepsFp32):
     @torch.no_grad()
     def track(self, cutoff_E: Tensor) -> None:
         """Move thresholds towards a batch's cut-offs: their plain mean at first, later with momentum."""
+        cutoff_E = cutoff_E.to(self.threshold.device)
         has_E = cutoff_E.isfinite()
         self.batches_seen += has_E
         rate_E = (1 / self.batches_seen.clamp(min=1)).clamp(min=1 - self.momentum) * has_E
@@ -254,7 +255,7 @@ def auxiliary_loss(choices: list[ExpertChoice]) -> Tensor:
             choice.auxiliary_logits_TE, choice.is_chosen_TE.float(), weight=is_open_TE, reduction="none"
         )
         losses.append(loss_TE.sum() / is_open_TE.sum().clamp(min=1))
-    return torch.stack(losses).mean()
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
 @torch.no_grad()

@@ -156,14 +156,14 @@ class ExpertFFN(nn.Module):
         return output_BSD
 
     def _route(self, hidden_TD: Tensor, is_worked_T: Tensor | None) -> Routing:
-        context = self.routing_context
-        is_open_T = ~context.is_pad_T if is_worked_T is None else is_worked_T & ~context.is_pad_T
+        context, tokens = self.routing_context, self.routing_context.on(hidden_TD.device)
+        is_open_T = ~tokens.is_pad_T if is_worked_T is None else is_worked_T & ~tokens.is_pad_T
         if isinstance(self.router, ChoiceRouter):
-            choice = self.router.choose(hidden_TD, context, is_open_T)
+            choice = self.router.choose(hidden_TD, tokens, is_open_T)
             context.record_choice(f"{self.name}.router", choice)
             routing = choice.routing()
         else:
-            routing = self.router(hidden_TD, context)
+            routing = self.router(hidden_TD, tokens)
             is_open_T1 = is_open_T[:, None]
             routing = replace(
                 routing,
@@ -235,7 +235,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         is_worked_BS = choice.is_chosen_TE.view(hidden_BSD.shape[:2])
 
         def attend_worked(hidden_BSD: Tensor) -> Tensor:
-            document_BS = self.routing_context.document_BS
+            document_BS = self.routing_context.on(hidden_BSD.device).document_BS
             return attend_chosen(
                 self.self_attn, hidden_BSD, is_worked_BS, position_embeddings, past_key_values, document_BS
             )
@@ -245,9 +245,9 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         return hidden_BSD + (weight_BS1 * (output_BSD - hidden_BSD)).to(hidden_BSD.dtype)
 
     def _choose_depth(self, hidden_BSD: Tensor) -> ExpertChoice:
-        context = self.routing_context
-        choice = self.depth_router.choose(hidden_BSD.flatten(0, 1), context, ~context.is_pad_T)
-        context.record_choice(f"{self.name}.depth_router", choice)
+        tokens = self.routing_context.on(hidden_BSD.device)
+        choice = self.depth_router.choose(hidden_BSD.flatten(0, 1), tokens, ~tokens.is_pad_T)
+        self.routing_context.record_choice(f"{self.name}.depth_router", choice)
         return choice
 
     def _block(self, hidden_BSD: Tensor, attend: Norm, is_worked_T: Tensor | None) -> Tensor:
@@ -372,6 +372,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
                 "mixture_of_depths makes its masks itself: expected an attention_mask [B, S], or position_ids that "
                 f"start anew in each document, got one of shape {list(attention_mask.shape)}."
             )
+        self.routing_context.carry(self)
         self.routing_context.begin(
             mode=mode,
             input_ids=input_ids,
@@ -414,7 +415,7 @@ class MomaModel(MomaPreTrainedModel, LlamaModel):
     def _track_thresholds(self) -> None:
         # After the layers and not in them: recomputation would count a batch twice. One message for all layers.
         choices = self.routing_context.choices
-        cutoffs = mean_over_ranks(torch.cat([choice.cutoff_E for choice in choices.values()]))
+        cutoffs = mean_over_ranks(torch.cat([choice.cutoff_E.to(self.device) for choice in choices.values()]))
         sizes = [len(choice.cutoff_E) for choice in choices.values()]
         for name, cutoff_E in zip(choices, cutoffs.split(sizes), strict=True):
             self.get_submodule(name).track(cutoff_E)
@@ -527,7 +528,7 @@ class MomaForCausalLM(MomaPreTrainedModel, LlamaForCausalLM):
         The training loss holds it already. With a `balance_window` each call adds the forward's picks to it.
         """
         config, context = self.config, self.routing_context
-        is_counted_T, loss = ~context.is_pad_T, torch.zeros((), device=self.device)
+        is_counted_T, loss = ~context.is_pad_T, torch.zeros((), device=context.sample_T.device)
         if config.balance != "none":
             grouped = config.layout.is_grouped
             options = {"window": self.balance_window} if config.balance == "global_batch" else {}

@@ -298,14 +298,14 @@ _COLUMNS: dict[str, Callable[[Routing], Tensor]] = {
 
 def _count(context: RoutingContext, domain_of_row: list[int]) -> list[Sums]:
     """Sums of one forward for each domain, pooled over (domain, modality) cells for all layers together."""
-    routings, num_modalities = list(context.routings.values()), len(MODALITIES)
+    num_modalities, num_experts = len(MODALITIES), next(iter(context.routings.values())).num_experts
     domain_B = torch.tensor(domain_of_row, device=context.sample_T.device)
     cell_T = domain_B[context.sample_T] * num_modalities + context.modality_T
     num_domains = max(domain_of_row) + 1
     sums_of_domain: list[dict[str, Tensor]] = [{} for _ in range(num_domains)]
     for name, column in _COLUMNS.items():
-        values_LTF = torch.stack([column(routing) for routing in routings])
+        values_LTF = context.stack(column)
         cells_LCF = pool(values_LTF, cell_T, num_domains * num_modalities, ~context.is_pad_T).cpu().double()
         for sums, cells_LMF in zip(sums_of_domain, cells_LCF.split(num_modalities, dim=1), strict=True):
             sums[name] = cells_LMF
-    return [Sums(routings[0].num_experts, **sums) for sums in sums_of_domain]
+    return [Sums(num_experts, **sums) for sums in sums_of_domain]

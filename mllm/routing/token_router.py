@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mllm.routing.context import RoutingContext
+from mllm.routing.context import RoutingContext, Tokens
 from mllm.routing.routers import RouterSpec, find_router
 from mllm.routing.routers.base import KeepsFp32
 from mllm.routing.routing import Routing, route
@@ -46,12 +46,12 @@ class TokenRouter(KeepsFp32):
         """Whether the router has a weight that learns."""
         return any(parameter.requires_grad for parameter in self.router.parameters())
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Routing:
-        choice = self.choice
+    def forward(self, hidden_TD: Tensor, tokens: Tokens | RoutingContext) -> Routing:
+        choice, tokens = self.choice, tokens.on(hidden_TD.device)
         return route(
-            self.router(hidden_TD, context),
+            self.router(hidden_TD, tokens),
             num_experts=self.layout.num_experts,
-            allowed_TX=None if self.allowed_PX is None else self.allowed_PX[context.modality_T],
+            allowed_TX=None if self.allowed_PX is None else self.allowed_PX[tokens.modality_T],
             selection_bias_X=self.selection_bias,
             top_k=choice.top_k,
             gate=choice.gate,

@@ -8,7 +8,7 @@ from mllm.build import load, write_base_card
 from mllm.data.conversation import Conversation, Turn
 from mllm.errors import UserError
 from mllm.evaluate import answer_arm, answer_specialists
-from mllm.mole import MoleConfig, routing_context
+from mllm.mole import MoleConfig
 from tests.tiny import write_tiny_llava
 
 DOMAINS = ["general", "document", "general", "biomedical"]
@@ -62,7 +62,7 @@ def test_domains_are_forgotten_after_the_last_question(base, tmp_path, monkeypat
     monkeypatch.setattr("mllm.evaluate.load", lambda *a, **o: models.append(load(*a, **o)) or models[-1])
     arm(base, adapter_for(base, tmp_path, sorted(set(DOMAINS))), blanked=False)
     with pytest.raises(UserError, match="nobody has told the rows' domains"):
-        routing_context(models[0][0]).domain_of_row()
+        models[0][0](input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
 def test_specialists_answer_the_rows_of_their_domain_in_the_order_asked(base, tmp_path):

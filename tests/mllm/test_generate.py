@@ -12,7 +12,7 @@ from mllm.data.conversation import Conversation, Turn
 from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
-from mllm.generate import THREAD_NAME, WholeSettings, answer, set_aside, stream
+from mllm.generate import THREAD_NAME, WholeSettings, answer, evaluating, set_aside, stream
 from mllm.mole import MoleConfig, routing_context
 from mllm.routing.stats import RoutingStats
 from tests.tiny import tiny_image, tiny_llava
@@ -380,3 +380,42 @@ def test_no_part_of_a_model_in_training_drops_out_while_it_streams(llava):
 def test_a_temperature_below_zero_is_refused(llava):
     with pytest.raises(UserError, match="temperature is 0 or more, got -1"):
         list(chat(llava, temperature=-1))
+
+
+def test_a_streamed_reply_is_without_dropout_and_leaves_each_module_in_its_mode():
+    base, processor = lively_llava()
+    torch.manual_seed(0)
+    model = get_peft_model(base, MoleConfig(r=4, lora_dropout=0.9, num_experts=2))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            parameter.data.normal_()
+    messages = [{"role": "user", "content": "How many cells are there?"}]
+
+    def reply():
+        return "".join(stream(model, processor, messages, max_new_tokens=12, stop=threading.Event()))
+
+    expected = (model.eval(), reply())[1]
+    model.train()
+    model.base_model.model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    assert reply() == expected
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_after_streaming_the_context_holds_the_replys_routing():
+    base, processor = lively_llava()
+    model = get_peft_model(base, MoleConfig(r=4, num_experts=2))
+    model(input_ids=torch.ones(3, 4, dtype=torch.long))
+    list(stream(model, processor, [{"role": "user", "content": "Total?"}], max_new_tokens=3, stop=threading.Event()))
+    assert routing_context(model).batch_size == 1
+
+
+def test_overlapping_evaluations_put_the_model_back_when_the_last_is_done():
+    model = torch.nn.Dropout()
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not model.training
+    second.__exit__(None, None, None)
+    assert model.training

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from mllm import native_moe
 from mllm.build import build
 from mllm.errors import UserError
-from mllm.routing import RoutingStats
+from mllm.routing import BalanceWindow, RoutingStats
 from tests.tiny import tiny_image, tiny_tokenizer, tiny_tower
 
 E, K, D, VOCAB = 4, 2, 16, 50
@@ -376,6 +376,34 @@ def test_training_on_the_balance_loss_reaches_the_asked_share_of_real_picks():
     assert context.stack("is_real_TK").float().mean().item() == pytest.approx(0.25, abs=0.1)
 
 
+def test_a_base_that_renormalises_one_pick_itself_stays_what_it_was(tmp_path):
+    model = tiny_moe("mixtral", num_experts_per_tok=1)
+    expected = model(INPUT_IDS).logits
+    native_moe.add_null_experts(model, num_null_experts=0)
+    assert torch.equal(model(INPUT_IDS).logits, expected)
+    native_moe.save_null_experts(model, tmp_path)
+    native_moe.load_null_experts(tiny_moe("mixtral", num_experts_per_tok=1), tmp_path)
+
+
+def test_a_window_pools_the_picks_of_a_steps_micro_batches():
+    model, window = with_nulls(), BalanceWindow()
+    for ids in (INPUT_IDS[:1], INPUT_IDS[1:]):
+        model(ids)
+        last = native_moe.balance_loss(model, window=window)
+    alone = native_moe.balance_loss(model)
+    model(INPUT_IDS)
+    whole_LX = native_moe.routing_context(model).stack("picks_TX").sum(1)
+    assert torch.equal(window.counts_LPX.sum(1), whole_LX)
+    assert not torch.equal(last, alone)
+
+
+def test_a_window_is_refused_where_nothing_is_pooled_over_a_step():
+    model = with_nulls()
+    model(INPUT_IDS)
+    with pytest.raises(UserError, match='window is for balance="global_batch"'):
+        native_moe.balance_loss(model, balance="layer", window=BalanceWindow())
+
+
 def test_padding_does_not_count_in_the_balance_loss():
     model = with_nulls("mixtral").eval()
     model(INPUT_IDS)
@@ -539,6 +567,9 @@ def test_router_logits_are_refused_because_transformers_loss_would_be_wrong(fami
         ("olmoe", {"init": "ones"}, "init='ones' is not known"),
         ("olmoe", {"null_logits": "shared", "init": "tile"}, "shared logits have one row"),
         ("olmoe", {"drop_share": 1.5}, "drop_share is a probability"),
+        ("olmoe", {"top_k": 1, "renormalize": True}, "top_k=1 with renormalised weights"),
+        ("olmoe", {"top_k": 1, "renormalize": True, "null_kind": "identity"}, "the router would get no gradient"),
+        ("mixtral", {"top_k": 1}, "top_k=1 with renormalised weights"),
     ],
 )
 def test_values_that_cannot_be_are_refused_and_leave_the_model_alone(family, options, reason):

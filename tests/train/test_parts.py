@@ -8,10 +8,20 @@ import torch
 
 import mllm
 from mllm.errors import UserError
+from mllm.mole.start import Start
 from tests.tiny import write_tiny_llava
 from tests.train.data import write_config
-from train.config import ModelSection, load_config
-from train.parts import adapter_config, build_model, gather_adapter, parameter_groups, part_of, trained, write_adapter
+from train.config import ModelSection, OptimSection, load_config
+from train.parts import (
+    adapter_config,
+    build_model,
+    gather_adapter,
+    parameter_groups,
+    part_of,
+    router_rate_after,
+    trained,
+    write_adapter,
+)
 from train.run import base_card
 
 
@@ -253,3 +263,10 @@ def test_an_adapter_for_another_base_is_refused_with_both_names(folder, tmp_path
         build_model(
             load(folder, f"model.path={other}", "model.adapter=null", f"model.start_from={tmp_path / 'adapter'}")
         )
+
+
+@pytest.mark.parametrize(("start", "rate"), [(Start(0.9, True), 1e-3), (Start(0.4, False), None), (None, 1e-3)])
+def test_routers_that_pictures_could_not_set_learn_as_fast_as_all_else(start, rate):
+    optim = OptimSection(lr=1e-2, part_lr={"router": 1e-3})
+    assert router_rate_after(optim, start).part_lr.router == rate
+    assert optim.part_lr.router == 1e-3

@@ -68,11 +68,11 @@ def test_the_last_micro_batch_of_a_step_balances_the_picks_of_all_of_it(setting,
     tokens = [int(one["attention_mask"].sum()) for one in (pictures, numbers)]
     begin_step(routing)
     sum(forward(model, routing, pictures)).backward()
-    assert routing.window.counts_LPX.sum() == LAYERS * tokens[0]
-    before = routing.window.counts_LPX
+    assert routing.objective.window.counts_LPX.sum() == LAYERS * tokens[0]
+    before = routing.objective.window.counts_LPX
     answers, balance = forward(model, routing, numbers)
     (answers + balance).backward()
-    counts_LX = routing.window.counts_LPX.sum(1)
+    counts_LX = routing.objective.window.counts_LPX.sum(1)
     assert counts_LX.sum() == LAYERS * sum(tokens)
 
     probs_LTX = routing.context.stack("router_probs_TX")
@@ -84,7 +84,7 @@ def test_the_last_micro_batch_of_a_step_balances_the_picks_of_all_of_it(setting,
 
     begin_step(routing, step=1)
     forward(model, routing, numbers)
-    assert routing.window.counts_LPX.sum() == LAYERS * tokens[1]
+    assert routing.objective.window.counts_LPX.sum() == LAYERS * tokens[1]
 
 
 def test_the_weight_of_balance_follows_the_share_of_steps_that_are_done(setting):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mllm.errors import UserError
-from mllm.routing.context import RoutingContext
+from mllm.routing.context import Tokens
 from mllm.routing.layout import ExpertLayout
 
 
@@ -42,15 +44,23 @@ class KeepsFp32(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Autocast off on the tensor's device, where there is any to switch off."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 class Router(KeepsFp32, ABC):
     """T tokens, D width, X experts, null experts included.
 
     `fixed` routers decide by rule, without weights of their own. They cannot weigh null experts, since nothing would
-    set their share, and take no prior, jitter or temperature. A router `learns` where its weights are trained.
+    set their share, and take no prior, jitter or temperature. A router `learns` where its weights are trained. One that
+    `counts_patches` reads `Tokens.patch_number_T`, which a cache has to remember.
     """
 
     fixed: ClassVar[bool] = False
     learns: ClassVar[bool] = True
+    counts_patches: ClassVar[bool] = False
 
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()
@@ -62,5 +72,5 @@ class Router(KeepsFp32, ABC):
             )
 
     @abstractmethod
-    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
-        """hidden_TD [T, D] in any float type, and the tokens' context -> router_logits_TX [T, X], fp32."""
+    def forward(self, hidden_TD: Tensor, tokens: Tokens) -> Tensor:
+        """hidden_TD [T, D] in any float type, and who they are -> router_logits_TX [T, X], fp32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mllm.errors import UserError
-from mllm.routing.context import RoutingContext
+from mllm.routing.context import Tokens
 from mllm.routing.routers.base import Router
 from mllm.routing.routers.oracle_modality import ranked_logits
 
@@ -16,14 +16,11 @@ MASK = (1 << 32) - 1
 class HashTokenRouter(Router):
     """A text token's expert follows from its id, a picture patch's from its number among the row's patches."""
 
-    fixed, learns = True, False
+    fixed, learns, counts_patches = True, False, True
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
-        if context.token_ids_T is None:
+    def forward(self, hidden_TD: Tensor, tokens: Tokens) -> Tensor:
+        if tokens.token_ids_T is None:
             raise UserError('router="hash_token" needs token ids: call the model with input_ids, not inputs_embeds.')
-        key_T = context.token_ids_T
-        if context.is_image_T is not None:
-            patch_BS = context.is_image_T.view(context.batch_size, -1).cumsum(1)
-            key_T = key_T.where(~context.is_image_T, patch_BS.flatten())
+        key_T = tokens.token_ids_T.where(~tokens.is_image_T, tokens.patch_number_T)
         num_experts = self.spec.layout.num_experts
         return ranked_logits(((key_T * ODD & MASK) >> 16) % num_experts, num_experts)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm.routing.context import RoutingContext
+from mllm.routing.context import Tokens
 from mllm.routing.layout import MODALITIES
-from mllm.routing.routers.base import Router, RouterSpec
+from mllm.routing.routers.base import Router, RouterSpec, without_autocast
 
 
 class LearnedRouter(Router):
@@ -38,14 +38,14 @@ class LearnedRouter(Router):
         self.prior = nn.Parameter(torch.zeros(len(MODALITIES), rows)) if spec.modality_prior else None
         self.row_of_X = row_of_X if rows < len(row_of_X) else None
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+    def forward(self, hidden_TD: Tensor, tokens: Tokens) -> Tensor:
+        with without_autocast(hidden_TD):
             hidden_TD = hidden_TD.float()
             if self.training and self.spec.jitter > 0:
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
             logits_TX = F.linear(hidden_TD, self.weight.float(), self.bias.float())
             if self.prior is not None:
-                logits_TX = logits_TX + self.prior.float()[context.modality_T]
+                logits_TX = logits_TX + self.prior.float()[tokens.modality_T]
             if self.row_of_X is not None:
                 logits_TX = logits_TX[:, self.row_of_X]
             return logits_TX / self.spec.temperature

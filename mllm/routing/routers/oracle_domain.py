@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mllm.errors import UserError
-from mllm.routing.context import RoutingContext
+from mllm.routing.context import Tokens
 from mllm.routing.routers.base import Router, RouterSpec
 from mllm.routing.routers.oracle_modality import ranked_logits
 
@@ -26,6 +26,6 @@ class OracleDomainRouter(Router):
                 'router="oracle_domain" needs expert_domains: the names of the domains, in the experts\' order.'
             )
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
+    def forward(self, hidden_TD: Tensor, tokens: Tokens) -> Tensor:
         num_experts = self.spec.layout.num_experts
-        return ranked_logits(context.domain_T(self.spec.domains) % num_experts, num_experts)
+        return ranked_logits(tokens.domain_T(self.spec.domains) % num_experts, num_experts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mllm.routing.context import RoutingContext
+from mllm.routing.context import Tokens
 from mllm.routing.routers.base import Router
 
 
@@ -13,8 +13,8 @@ class OracleModalityRouter(Router):
 
     fixed, learns = True, False
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Tensor:
-        return ranked_logits(context.modality_T % self.spec.layout.num_experts, self.spec.layout.num_experts)
+    def forward(self, hidden_TD: Tensor, tokens: Tokens) -> Tensor:
+        return ranked_logits(tokens.modality_T % self.spec.layout.num_experts, self.spec.layout.num_experts)
 
 
 def ranked_logits(first_T: Tensor, num_experts: int) -> Tensor:

@@ -33,7 +33,7 @@ def both(model, input_ids=IDS, mask=MASK):
     fast = model(input_ids, attention_mask=mask, offset=offset)
     extra = routing_loss(model)
     slow, slow_losses = slow_mole(model, input_ids, mask, offset)
-    assert set(slow_losses) == (set() if extra is None else set(extra[1]))
+    assert set(slow_losses) == (set(extra[1]))
     weights = {"balance_loss": config.balance_loss_weight, "z_loss": config.z_loss_weight}
     for name, loss in slow_losses.items():
         torch.testing.assert_close(extra[1][name], loss.detach(), atol=1e-5, rtol=1e-4)
@@ -41,7 +41,7 @@ def both(model, input_ids=IDS, mask=MASK):
     return (
         (fast, slow),
         (
-            (fast.float() * cotangent).sum() + (0 if extra is None else extra[0]),
+            (fast.float() * cotangent).sum() + extra[0],
             (slow.float() * cotangent).sum() + sum(weights[name] * loss for name, loss in slow_losses.items()),
         ),
         [offset, *(p for p in model.parameters() if p.requires_grad)],

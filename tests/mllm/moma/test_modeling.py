@@ -470,3 +470,21 @@ def test_the_expert_function_is_the_one_that_was_asked_for():
 def test_importing_the_model_does_not_import_deepspeed():
     code = "import sys, mllm.moma; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"mixture_of_depths": 0.5}, TOKEN_CHOICE])
+def test_two_forwards_before_backward_are_recomputed_with_their_own_tokens(fields):
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_moma("3t2i", **fields).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [model(ids, labels=ids).loss for ids in (IDS, IDS.flip(0)[:, 2:])]
+        with torch.no_grad():
+            model.eval()(IDS[:1, :3])
+        model.train()
+        sum(losses).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)

@@ -90,7 +90,7 @@ def test_what_cannot_have_places_is_refused():
     model = model_with_places("4x")
     with pytest.raises(UserError, match="give input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(IDS))
-    assert not model.model.routing_context._recording
+    assert not model.model.routing_context.is_recording
     with pytest.raises(UserError, match="give input_ids"):
         model(IDS, inputs_embeds=model.get_input_embeddings()(IDS))
     processor = tiny_processor()

@@ -95,6 +95,7 @@ def test_domains_stay_until_told_otherwise_and_beam_search_repeats_them():
     with pytest.raises(UserError, match="2 domains were set for a batch of 3 rows"):
         context.domain_of_row()
     context.set_domains(None)
+    context.begin(input_ids=torch.ones(2, 1, dtype=torch.long))
     with pytest.raises(UserError, match="set_domains"):
         context.domain_of_row()
 

@@ -102,7 +102,7 @@ def test_statistics_of_two_models_are_not_mixed():
 
 def test_tokens_of_unknown_modality_are_refused():
     made = context()
-    made.is_image_T = None
+    made.tokens.is_image_T = None
     with pytest.raises(UserError, match="input_ids"):
         RoutingStats().update(made)
 
