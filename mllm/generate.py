@@ -265,13 +265,12 @@ def stream(
 
     def generate() -> None:
         try:
-            with evaluating(model):
-                model.generate(
-                    **_inputs(model, prompt),
-                    generation_config=settings,
-                    streamer=streamer,
-                    stopping_criteria=[_StopWhenSet(stop, abandoned)],
-                )
+            model.generate(
+                **_inputs(model, prompt),
+                generation_config=settings,
+                streamer=streamer,
+                stopping_criteria=[_StopWhenSet(stop, abandoned)],
+            )
             if context is not None:
                 forwards.append(context.forward)
         except BaseException as error:  # handed to the reader, who would otherwise wait for ever
@@ -279,14 +278,15 @@ def stream(
             streamer.on_finalized_text("", stream_end=True)
 
     thread = threading.Thread(target=generate, name=THREAD_NAME, daemon=True)
-    thread.start()
-    try:
-        yield from filter(None, streamer)
-    finally:
-        abandoned.set()
-        thread.join()
-        for forward in forwards:
-            context.adopt(forward)
+    with evaluating(model):
+        thread.start()
+        try:
+            yield from filter(None, streamer)
+        finally:
+            abandoned.set()
+            thread.join()
+            for forward in forwards:
+                context.adopt(forward)
     if failures:
         raise failures[0]
 
