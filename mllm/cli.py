@@ -70,7 +70,7 @@ def conflict(context: typer.Context) -> None:
 
     --report: only the tables, from kept runs. --report-all FOLDER: one table over several studies.
     """
-    start_module("train.conflict", *context.args)
+    start_module("studies.conflict", *context.args)
 
 
 @app.command("eval")

@@ -1,4 +1,4 @@
-"""Small trainings by the dozen, in one process: what a study runs once for every arm and seed.
+"""Fine-tuning of a frozen base by the dozen, in one process: what a study does once for every arm and seed.
 
 Tower and projector stay frozen and their embeddings are computed once, so that an arm costs the language model alone.
 A run that belongs to a product goes through `mllm train`; this is its equal in model, labels and loss, without
@@ -104,7 +104,7 @@ def cache(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a trial learns. Samples and their order follow from `seed` alone."""
+    """How long and how fast a model learns. Samples and their order follow from `seed` alone."""
 
     steps: int
     batch_size: int
@@ -118,7 +118,7 @@ class Schedule:
         return iter(np.concatenate(passes)[:draws].reshape(self.steps, self.batch_size).tolist())
 
 
-def train_trial(
+def finetune(
     base: nn.Module,
     adapter: PeftConfig,
     data: CachedSet,
@@ -131,7 +131,7 @@ def train_trial(
 
     A rate of routers' own holds where pictures tell them how to start, or where they do not start from pictures.
 
-    Take it off again with `model.unload()`: it changes `base` in place. `on_step` is told step, loss and model.
+    Take it off again with `model.unload()`: it changes `base` in place. `on_step` is called with step, loss and model.
     """
     torch.manual_seed(schedule.seed)
     model = get_peft_model(base, adapter)
@@ -145,10 +145,10 @@ def train_trial(
         if not start.is_set:  # routers that start at random have to learn as fast as all else
             rates = schedule.optim.part_lr.model_copy(update={"router": None})
             schedule = replace(schedule, optim=schedule.optim.model_copy(update={"part_lr": rates}))
-    return learn(model, data, schedule, rows=rows, on_step=on_step)
+    return optimise(model, data, schedule, rows=rows, on_step=on_step)
 
 
-def learn(
+def optimise(
     model: nn.Module,
     data: CachedSet,
     schedule: Schedule,
@@ -186,15 +186,15 @@ def learn(
 
 def answer_losses(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy (fp32, [T]) of each supervised token, and whether it is the most probable one (bool, [T])."""
-    targets, asked = labels[:, 1:], labels[:, 1:] != IGNORED
+    targets, supervised = labels[:, 1:], labels[:, 1:] != IGNORED
     device = labels.device.type
-    positions = asked.any(0).nonzero().flatten()
+    positions = supervised.any(0).nonzero().flatten()
     # On a CPU torch's flash attention takes more time backwards than it saves: a quarter of a whole step.
     attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
     with attention, torch.autocast(device, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-    asked, targets = asked[:, positions], targets[:, positions]
-    logits_TV, targets_T = logits[asked].float(), targets[asked]
+    supervised, targets = supervised[:, positions], targets[:, positions]
+    logits_TV, targets_T = logits[supervised].float(), targets[supervised]
     return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
 
 
@@ -211,14 +211,14 @@ class Scores:
 
 
 @torch.no_grad()
-def score_trial(
+def score_answers(
     model: nn.Module,
     data: CachedSet,
     *,
     batch_size: int = 64,
     after_batch: Callable[[list[str]], None] | None = None,
 ) -> Scores:
-    """Score every sample of `data`; `after_batch` is told the batch's domains while the routing context holds it."""
+    """Score every sample of `data`; `after_batch` gets the batch's domains while the routing context holds it."""
     model.eval()
     context, losses, exact = routing_context(model), [], []
     for start in range(0, len(data), batch_size):

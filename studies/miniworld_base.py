@@ -1,4 +1,4 @@
-"""Trains the embedded base model from scratch on miniworld: ``python -m train.miniworld_base``.
+"""Trains the embedded base model from scratch on miniworld: ``python -m studies.miniworld_base``.
 
 Stages as LLaVA has them, all on scenes of the train split drawn on the fly, with neutral answers only, so that each
 domain's convention is left to instruction tuning:
@@ -119,7 +119,7 @@ def pixels(pictures: list[Image.Image]) -> Tensor:
     return (stacked.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def kept_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     """The tokenizer an earlier run left in ``folder``, or a new one."""
     if not folder.exists():
         train_tokenizer(seed).save_pretrained(folder)
@@ -272,8 +272,8 @@ class SceneBatches:
             return [("Describe the picture.", scene.caption)]
         if share < stage.described + stage.shuffled:
             return [("Describe the picture in any order.", scene.caption_in_any_order(rng))]
-        asked = scene.ask_several(rng, NEUTRAL, stage.questions, stage.forms)
-        return [(question.text, question.answer) for question in asked]
+        questions = scene.ask_several(rng, NEUTRAL, stage.questions, stage.forms)
+        return [(question.text, question.answer) for question in questions]
 
 
 def train_llava(model: LlavaForConditionalGeneration, batches: SceneBatches, name: str) -> None:
@@ -290,16 +290,16 @@ def train_llava(model: LlavaForConditionalGeneration, batches: SceneBatches, nam
     def loss_of(start: int, batch: int) -> Tensor:
         inputs = batches(start, batch)
         targets = inputs.pop("labels")[:, 1:]
-        asked = targets != IGNORED
+        supervised = targets != IGNORED
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()), sdpa_kernel(SDPBackend.MATH):
-            states = model.model(**inputs).last_hidden_state[:, :-1][asked]
+            states = model.model(**inputs).last_hidden_state[:, :-1][supervised]
             logits = model.lm_head(states)  # only where something is supervised: most positions are the picture's
-        return nn.functional.cross_entropy(logits.float(), targets[asked])
+        return nn.functional.cross_entropy(logits.float(), targets[supervised])
 
     optimise(model, batches.stage, loss_of, name)
 
 
-def kept(path: Path, module: nn.Module, stage: Stage, seed: int, train: Callable[[], None]) -> None:
+def run_stage(path: Path, module: nn.Module, stage: Stage, seed: int, train: Callable[[], None]) -> None:
     """A stage: weights that a run of the same recipe left in ``path`` are read, else they are trained and left."""
     card, recipe = path.with_suffix(".json"), json.loads(json.dumps({"seed": seed} | asdict(stage)))
     if card.exists() and json.loads(card.read_text())["recipe"] == recipe:
@@ -329,11 +329,11 @@ def trained_base(plan: dict[str, Stage], work: Path, seed: int) -> tuple[LlavaFo
     """Every stage of the plan, or the weights that an earlier start of it has left in `work`."""
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = kept_tokenizer(work / "tokenizer", seed)
+    tokenizer = tokenizer_of(work / "tokenizer", seed)
 
     clip = contrastive_model(tokenizer)
     tower, *stages = plan.items()
-    kept(work / "tower.safetensors", clip, tower[1], seed, lambda: train_tower(clip, tokenizer, tower[1], seed))
+    run_stage(work / "tower.safetensors", clip, tower[1], seed, lambda: train_tower(clip, tokenizer, tower[1], seed))
 
     parts = (clip, {"embed_dim": EMBEDDING, "vision_cfg": VISION})
     model, processor = build(
@@ -341,7 +341,9 @@ def trained_base(plan: dict[str, Stage], work: Path, seed: int) -> tuple[LlavaFo
     )
     for number, (name, stage) in enumerate(stages, start=1):
         batches = SceneBatches(processor, seed + number, stage)
-        kept(work / f"{name}.safetensors", model, stage, seed, lambda name=name, b=batches: train_llava(model, b, name))
+        run_stage(
+            work / f"{name}.safetensors", model, stage, seed, lambda name=name, b=batches: train_llava(model, b, name)
+        )
     return model, processor
 
 

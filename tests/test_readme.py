@@ -51,8 +51,8 @@ def test_every_config_named_exists():
 
 
 def test_the_quickstart_table_is_the_committed_result():
-    """Each score in the table between the marks is that of benchmarks/results/quickstart.json, rounded."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "quickstart" / "report.json").read_text())
+    """Each score in the table between the marks is that of studies/results/quickstart/report.json, rounded."""
+    report = json.loads((ROOT / "studies" / "results" / "quickstart" / "report.json").read_text())
     table = README.split("<!-- quickstart -->")[1].split("<!-- /quickstart -->")[0]
     for arm in report["arms"].values():
         for figures in arm["domains"].values():
@@ -60,7 +60,7 @@ def test_the_quickstart_table_is_the_committed_result():
 
 
 def test_the_conflict_table_is_the_committed_result():
-    folder = ROOT / "benchmarks" / "results" / "conflict" / "look_alikes"
+    folder = ROOT / "studies" / "results" / "conflict" / "look_alikes"
     summary = json.loads((folder / "summary.json").read_text())
 
     def told(figures: dict, name: str, scale: float, digits: int) -> str:

@@ -184,6 +184,10 @@ class TrainConfig(Section):
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
+# Stages with settings of their own, by name; each adds itself. `train/__init__.py` sees to it that all have.
+SETTINGS_OF_STAGE: dict[str, type[Section]] = {}
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:
     """Read a run's YAML and apply `section.key=value` overrides, whose values are parsed as YAML.
 
@@ -209,9 +213,7 @@ def read_config(path: str | Path, overrides: list[str] | None, kind: type[Config
 
 def settings_of(stage: object) -> type[Section]:
     """The class that checks a stage's settings."""
-    from train.moma.config import SETTINGS  # it builds on this file
-
-    return SETTINGS.get(stage, TrainConfig) if isinstance(stage, str) else TrainConfig
+    return SETTINGS_OF_STAGE.get(stage, TrainConfig) if isinstance(stage, str) else TrainConfig
 
 
 def read_yaml(path: Path, kind: type[Section] = TrainConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Null experts (AdaMoE, 2406.13233) against their rivals at equal load: sparse adapters, and a small native MoE.
 
-    python -m benchmarks.adamoe_pareto --part a        # adapters on miniworld
-    python -m benchmarks.adamoe_pareto --part b        # a language model of experts, on English prose
-    python -m benchmarks.adamoe_pareto --part report   # table, summary, picture and README from what is there
+    python -m studies.adamoe --part a        # adapters on miniworld
+    python -m studies.adamoe --part b        # a language model of experts, on English prose
+    python -m studies.adamoe --part report   # table, summary, picture and README from what is there
 
 What is compared, named before anything was run:
   primary    mean loss of held-out tokens at equal measured load: an arm's loss minus that of top-2 with picks dropped

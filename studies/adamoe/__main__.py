@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.adamoe_pareto.adapters import AdapterStudy
-from benchmarks.adamoe_pareto.native import NativeStudy
-from benchmarks.adamoe_pareto.report import read_part, write_report
-from benchmarks.adamoe_pareto.runs import RunFolder, Study
-from benchmarks.store import RESULTS
 from mllm.console import quieten
+from studies.adamoe.adapters import AdapterStudy
+from studies.adamoe.native import NativeStudy
+from studies.adamoe.report import read_part, write_report
+from studies.adamoe.runs import RunFolder, Study
+from studies.runner import RESULTS
 
-FOLDER = RESULTS / "adamoe_pareto"
+FOLDER = RESULTS / "adamoe"
 console = Console(width=None if sys.stdout.isatty() else 130)  # a log has no width of its own
 
 

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks.adamoe_pareto.runs import Arm, Measured, Tokens
 from data_recipes.miniworld.__main__ import recipe_version, write
 from mllm import load
 from mllm.data.sources import Source
 from mllm.data.template import IGNORED
 from mllm.mole import MoleConfig, routing_context
 from mllm.routing import RoutingStats
+from studies.adamoe.runs import Arm, Measured, Tokens
+from studies.finetune import CachedSet, Schedule, answer_losses, cache, finetune
 from train.config import OptimSection
-from train.trial import CachedSet, Schedule, answer_losses, cache, train_trial
 
 FRAME = {"r": 4, "lora_alpha": 8, "num_experts": 4, "gate": "softmax", "target_modules": [], "modules_to_save": []}
 # AdaMoE's own pairs for four experts: 1.78, 1.45 and 1.23 real picks where routing is even.
@@ -77,7 +77,7 @@ class AdapterStudy:
         """One adapter, trained and taken off again. Order of samples and first weights follow from the seed."""
         base, train, test, log_frequency_V = self.prepared
         schedule = Schedule(self.steps, self.batch_size, OptimSection(lr=self.lr), seed)
-        model = train_trial(base, MoleConfig(**FRAME | arm.settings), train, schedule)
+        model = finetune(base, MoleConfig(**FRAME | arm.settings), train, schedule)
         try:
             return measure(model, test, log_frequency_V)
         finally:
@@ -105,7 +105,7 @@ def log_frequencies(token_ids: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def measure(model: nn.Module, data: CachedSet, log_frequency_V: np.ndarray, *, batch_size: int = 64) -> Measured:
-    """Answers scored as `train.trial.score_trial` does, and token by token what was routed."""
+    """Answers scored as `studies.finetune.score_answers` does, and token by token what was routed."""
     context, stats, columns, exact = routing_context(model), RoutingStats(), [], []
     for start in range(0, len(data), batch_size):
         inputs, labels, domains = data.batch(range(start, min(start + batch_size, len(data))))

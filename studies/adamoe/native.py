@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from benchmarks.adamoe_pareto.adapters import joined, log_frequencies, routing_figures
-from benchmarks.adamoe_pareto.runs import Arm, Measured, Tokens
 from mllm.build import load_processor
 from mllm.native_moe import add_null_experts, balance_loss, router_parameters, routing_context
 from mllm.routing import RoutingStats
+from studies.adamoe.adapters import joined, log_frequencies, routing_figures
+from studies.adamoe.runs import Arm, Measured, Tokens
 
 # 1.71, 1.41 and 1.14 real picks of three where routing is even.
 NULLS = {f"m{m}": {"top_k": 3, "num_null_experts": m} for m in (6, 9, 13)}

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.adamoe_pareto.analysis import (
+from mllm.provenance import provenance
+from studies.adamoe.analysis import (
     Estimate,
     correlation,
     estimate,
@@ -22,8 +23,7 @@ from benchmarks.adamoe_pareto.analysis import (
     holm,
     loss_at_load,
 )
-from benchmarks.adamoe_pareto.runs import Arm, RunFolder, Study
-from mllm.provenance import provenance
+from studies.adamoe.runs import Arm, RunFolder, Study
 
 CURVE = ("dropping", "top-2")  # what others are measured against: the same model at any load, by chance
 REFERENCE = "top2"
@@ -202,8 +202,8 @@ def _readme(results: Sequence[PartResult], folder: Path, made: dict[str, str]) -
     parts = ["# Null experts against their rivals at equal load"]
     parts += [conclusion.read_text(encoding="utf-8").strip()] if conclusion.is_file() else []
     parts.append(
-        "Written by `python -m benchmarks.adamoe_pareto --part report`; what is compared, and how it was named "
-        "beforehand, is said in `benchmarks/adamoe_pareto/__init__.py`. All seeds are in `summary.json`.\n\n"
+        "Written by `python -m studies.adamoe --part report`; what is compared, and how it was named "
+        "beforehand, is said in `studies/adamoe/__init__.py`. All seeds are in `summary.json`.\n\n"
         f"{LEGEND}\n\n"
         f"{made['date']}, {made['device']}, torch {made['torch']}, transformers {made['transformers']}.\n\n"
         "![loss against load](pareto.png)"

@@ -1,4 +1,4 @@
-"""`python -m train.conflict CONFIG.yaml section.key=value …`: runs what is not there yet, then reports.
+"""`python -m studies.conflict CONFIG.yaml section.key=value …`: runs what is not there yet, then reports.
 
 Started a second time beside the first, both share the work.
 """
@@ -14,11 +14,11 @@ from mllm.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m train.conflict", description=__doc__)
+    """Returns the exit status: 0, or 2 after a mistake of the user's, said in words on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m studies.conflict", description=__doc__)
     parser.add_argument("config", type=Path, nargs="?", help="YAML of one regime, such as train/configs/conflict.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
-    parser.add_argument("--report", action="store_true", help="only report, from the runs that are kept in run.out")
+    parser.add_argument("--report", action="store_true", help="only report, from the finished runs in run.out")
     parser.add_argument("--report-all", type=Path, metavar="FOLDER", help="one table over all studies in a folder")
     options = parser.parse_intermixed_args(arguments)
     if (options.config is None) == (options.report_all is None):
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
     try:
         if options.report_all is not None:
-            from train.conflict.regimes import report_all
+            from studies.conflict.regimes import report_all
 
             report_all(options.report_all, console)
         else:
@@ -44,21 +44,21 @@ def study(path: Path, overrides: list[str], console: Console, *, only_report: bo
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed, which train.parts needs, looks for itself
     from mllm.console import quieten
-    from train.conflict.config import load_conflict_config
-    from train.conflict.report import read_study, report, write_facts
-    from train.conflict.work import Worker, work
-    from train.kept import KeptRuns
+    from studies.conflict.config import load_conflict_config
+    from studies.conflict.report import read_study, report, write_facts
+    from studies.conflict.work import Worker, work
+    from studies.runner import RunFolder
 
     quieten()
     config = load_conflict_config(path, overrides)
-    kept = KeptRuns(config.run.out / "runs")
+    runs = RunFolder(config.run.out / "runs")
     if only_report:
-        report(read_study(config), kept, console)
+        report(read_study(config), runs, console)
         return
     worker = Worker(config)
     write_facts(worker.study, config.run.out)
-    work(worker, kept, console, limit_minutes=config.run.limit_minutes)
-    report(worker.study, kept, console)
+    work(worker, runs, console, limit_minutes=config.run.limit_minutes)
+    report(worker.study, runs, console)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Measured:
     def __sub__(self, other: "Measured") -> "Measured":
         return Measured(self.value_S - other.value_S, self.drawn_M - other.drawn_M)
 
-    def told(self, name: str = "difference") -> dict[str, float]:
+    def interval(self, name: str = "difference") -> dict[str, float]:
         """The value under `name`, with its interval."""
         low, high = interval(self.drawn_M)
         return {name: self.value, "ci_low": low, "ci_high": high}
@@ -122,7 +122,7 @@ def measure(scores: Scores, level: str, *, seed: int = 0) -> dict[str, dict[str,
 
 def hurts(conflict: Measured) -> bool:
     """Whether the interval of what mixing costs lies above zero."""
-    return conflict.told()["ci_low"] > 0
+    return conflict.interval()["ci_low"] > 0
 
 
 def recovered(gain: Measured, conflict: Measured) -> dict[str, float] | None:
@@ -153,9 +153,9 @@ def analyse(
     found: dict[str, Any] = {
         "arms": {
             arm: {
-                "domains": {name: value.told("score") for name, value in by_domain[arm].items()},
-                "sources": {name: value.told("score") for name, value in by_source[arm].items()},
-                "mean": groups["mean"].told("score"),
+                "domains": {name: value.interval("score") for name, value in by_domain[arm].items()},
+                "sources": {name: value.interval("score") for name, value in by_source[arm].items()},
+                "mean": groups["mean"].interval("score"),
                 "by_seed": groups["mean"].value_S.tolist(),
             }
             for arm, groups in whole.items()
@@ -166,8 +166,8 @@ def analyse(
     }
     if single in whole:
         conflict = _minus(whole[single], whole[baseline])
-        told = {name: value.told() | _tests(value) for name, value in conflict.items()}
-        found["conflict"] = _split(told)
+        tested = {name: value.interval() | _tests(value) for name, value in conflict.items()}
+        found["conflict"] = _split(tested)
         found["hurts"] = _split({name: hurts(value) for name, value in conflict.items()})
         for arm in mixed_arms:
             if arm != baseline:
@@ -196,9 +196,9 @@ def _tests(value: Measured) -> dict[str, Any]:
 
 def _compare(gains: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
     """Every arm against one other; p adjusted for the number of arms."""
-    told = {arm: _split({name: value.told() for name, value in groups.items()}) for arm, groups in gains.items()}
+    gained = {arm: _split({name: value.interval() for name, value in groups.items()}) for arm, groups in gains.items()}
     for arm, groups in gains.items():
-        told[arm]["mean"] |= _tests(groups["mean"])
-    for each, p in zip(told.values(), holm([each["mean"]["p"] for each in told.values()]), strict=True):
+        gained[arm]["mean"] |= _tests(groups["mean"])
+    for each, p in zip(gained.values(), holm([each["mean"]["p"] for each in gained.values()]), strict=True):
         each["mean"]["p_holm"] = p
-    return told
+    return gained

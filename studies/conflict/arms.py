@@ -41,7 +41,7 @@ ALL_EXPERTS = {"gate": "none", "renormalize": False, "router": "frozen_random", 
 ALL_EXPERTS |= {"expert_path": "masked"}
 
 
-# The papers' routers see the token alone, start at random and are told no domain.
+# The papers' routers see the token alone, start at random and know no domain.
 PAPER = {"router_reads": "token", "domain_loss_weight": 0.0}
 FROZEN = {"router": "frozen_random", "balance": "none"}
 RELEASED = {"gate": "none", "balance": "sample"}
@@ -53,7 +53,7 @@ SLOW = 0.1  # the rate of routers that start right, beside everything else's: se
 
 
 def _taught(**changes: Any) -> Settings:
-    """MoleConfig's defaults, told the domains in training, and what differs from them."""
+    """MoleConfig's defaults, with the domains known in training, and what differs from them."""
     return lambda experts, domains: {"expert_domains": list(domains)} | changes
 
 

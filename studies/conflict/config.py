@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from mllm.errors import UserError
+from studies.conflict.arms import ARMS, GROUPS, Arm, own_arm
 from train.config import Dtype, OptimSection, Section, read_config, suggest, usual_dtype
-from train.conflict.arms import ARMS, GROUPS, Arm, own_arm
 
 
 class BaseSection(Section):
@@ -168,8 +168,8 @@ class ConflictConfig(Section):
         return f"{data}; rank {self.adapter.r}, experts: {experts}"
 
 
-def _names(asked: str | list[str]) -> list[str]:
-    words = [asked] if isinstance(asked, str) else asked
+def _names(named: str | list[str]) -> list[str]:
+    words = [named] if isinstance(named, str) else named
     return [name for word in words for name in GROUPS.get(word, [word])]
 
 

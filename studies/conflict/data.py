@@ -18,9 +18,9 @@ from data_recipes.miniworld.__main__ import recipe_version
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.errors import UserError
-from train.conflict.config import DataSection, MiniworldSection
-from train.kept import claimed, digest
-from train.trial import CachedSet, cache
+from studies.conflict.config import DataSection, MiniworldSection
+from studies.finetune import CachedSet, cache
+from studies.runner import digest, locked
 
 SPLITS = ("train", "val", "test")
 
@@ -168,7 +168,7 @@ def draw(section: MiniworldSection, *, copies: int = 1) -> Path:
     scenes["train"] *= copies
     dial = section.model_dump(include={"clash", "cue", "grounds", "seed"})
     folder = section.folder / digest([scenes, dial, drawn_by()])
-    with claimed(folder.with_suffix(".lock"), wait=True):
+    with locked(folder.with_suffix(".lock"), wait=True):
         return clashes.write(folder, scenes, **dial)
 
 

@@ -34,8 +34,8 @@ def draw_scores(summary: dict[str, Any], path: Path) -> None:
 
 def _draw_panel(axes: Axes, summary: dict[str, Any], name: str) -> None:
     arms = summary["arms"]
-    told = [arm["mean"] if name == "mean" else arm["domains"][name] for arm in arms.values()]
-    scores, lows, highs = (100 * np.array([each[key] for each in told]) for key in ("score", "ci_low", "ci_high"))
+    measured = [arm["mean"] if name == "mean" else arm["domains"][name] for arm in arms.values()]
+    scores, lows, highs = (100 * np.array([each[key] for each in measured]) for key in ("score", "ci_low", "ci_high"))
     for arm, colour in ((summary["baseline"], COLOURS[0]), ("single", _ALONE)):
         if arm in arms:
             axes.axvline(scores[list(arms).index(arm)], color=colour, lw=1.2, zorder=1)

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from mllm.errors import UserError
 from mllm.evaluation.tables import markdown, print_tables, signed
-from train.conflict.arms import GROUPS
-from train.conflict.report import README, SINGLE, SUMMARY, ratio, sentences
+from studies.conflict.arms import GROUPS
+from studies.conflict.report import README, SINGLE, SUMMARY, ratio, sentences
 
 NOTE = (
     "Mean of domains. conflict: each domain's own LoRA minus LoRA on the mix, points with 95 % intervals over seeds "
@@ -43,14 +43,14 @@ def _line(summary: dict[str, Any], mains: list[str]) -> list[str]:
     conflict, recovery = summary["conflict"], summary["recovery"]
     if conflict is None:
         return [summary["regime"], str(len(summary["seeds"])), f"no arm {SINGLE}", *["–"] * (2 + len(mains))]
-    told = {arm: each["mean"] for arm, each in recovery.items() if each["mean"] is not None}
-    answers = [arm for arm in told if not summary["arms"][arm]["is_control"]]
-    best = max(answers, key=lambda arm: told[arm]["recovery"], default=None)
+    known = {arm: each["mean"] for arm, each in recovery.items() if each["mean"] is not None}
+    answers = [arm for arm in known if not summary["arms"][arm]["is_control"]]
+    best = max(answers, key=lambda arm: known[arm]["recovery"], default=None)
     return [
         summary["regime"],
         str(len(summary["seeds"])),
         signed(conflict["mean"]),
         "yes" if summary["hurts"]["mean"] else "not shown",
-        "–" if best is None else f"{best} {ratio(told[best])}",
-        *(ratio(told.get(arm)) for arm in mains),
+        "–" if best is None else f"{best} {ratio(known[best])}",
+        *(ratio(known.get(arm)) for arm in mains),
     ]

@@ -1,4 +1,4 @@
-"""Kept runs read together: summary.json, README.md, two pictures and the tables on the terminal.
+"""Finished runs read together: summary.json, README.md, two pictures and the tables on the terminal.
 
 A arms, S seeds, N samples.
 """
@@ -15,12 +15,12 @@ from mllm.errors import UserError
 from mllm.evaluation.intervals import RESAMPLES
 from mllm.evaluation.tables import Titled, markdown, percent, print_tables, signed, with_interval
 from mllm.provenance import provenance
-from train.conflict.analysis import Scores, analyse
-from train.conflict.arms import Arm
-from train.conflict.config import ConflictConfig
-from train.conflict.picture import draw_routing, draw_scores
-from train.conflict.study import Study
-from train.kept import KeptRuns
+from studies.conflict.analysis import Scores, analyse
+from studies.conflict.arms import Arm
+from studies.conflict.config import ConflictConfig
+from studies.conflict.picture import draw_routing, draw_scores
+from studies.conflict.study import Job, Study
+from studies.runner import RunFolder, record_of
 
 SINGLE = "single"
 VERSUS = ("wide", "mole_frozen")  # what experts must beat beside the baseline: as many weights, and blind routing
@@ -49,9 +49,9 @@ def read_study(config: ConflictConfig) -> Study:
     return Study(config, json.loads(path.read_text(encoding="utf-8")))
 
 
-def report(study: Study, kept: KeptRuns, console: Console) -> dict[str, Any] | None:
+def report(study: Study, runs: RunFolder, console: Console) -> dict[str, Any] | None:
     """Writes and prints what is there. Returns the summary; None while no seed is complete."""
-    summary = summarise(study, kept)
+    summary = summarise(study, runs)
     if summary is None:
         console.print("No seed is complete yet: go on with the same command.")
         return None
@@ -70,25 +70,26 @@ def report(study: Study, kept: KeptRuns, console: Console) -> dict[str, Any] | N
 # -- from runs to figures ----------------------------------------------------------------------------------------------
 
 
-def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
+def summarise(study: Study, runs: RunFolder) -> dict[str, Any] | None:
     """All figures as JSON values: what `analyse` tells, and for each arm its rate, cost and routing.
 
     Of the seeds that every arm has which has any; None where there is no such seed, or no baseline.
     """
-    done = {arm: _done_seeds(study, arm, kept) for arm in study.config.arms}
+    done = {arm: _done_seeds(study, arm, runs) for arm in study.config.arms}
     arms = [arm for arm, seeds in done.items() if seeds]
     seeds = sorted(set.intersection(*(set(done[arm]) for arm in arms))) if arms else []
     if not seeds or study.config.run.baseline not in [arm.name for arm in arms]:
         return None
-    names = {arm.name: [_final_name(study, arm, kept, seed) for seed in seeds] for arm in arms}
+    jobs = {arm.name: [_final(study, arm, runs, seed) for seed in seeds] for arm in arms}
+    names = {arm: [study.name(job) for job in group] for arm, group in jobs.items()}
+    records = {arm: [record_of(study, job, runs) for job in group] for arm, group in jobs.items()}
     untrained = [arm.name for arm in arms if arm.trains == "nothing"]
     found = analyse(
-        _scores(names, kept), baseline=study.config.run.baseline, single=SINGLE, versus=VERSUS, aside=untrained
+        _scores(names, runs), baseline=study.config.run.baseline, single=SINGLE, versus=VERSUS, aside=untrained
     )
     for arm in arms:
-        records = [kept.read(name) for name in names[arm.name]]
-        found["arms"][arm.name] |= _about(study, arm, kept, records)
-    finals = [kept.read(name) for group in names.values() for name in group]
+        found["arms"][arm.name] |= _about(study, arm, runs, records[arm.name])
+    finals = [record for group in records.values() for record in group]
     summary = {
         "regime": study.config.regime_name,
         "provenance": provenance(),
@@ -97,49 +98,49 @@ def summarise(study: Study, kept: KeptRuns) -> dict[str, Any] | None:
         "facts": study.facts,
         "baseline": study.config.run.baseline,
         "seeds": seeds,
-        "left_out": _left_out(study, done, seeds, kept),
+        "left_out": _left_out(study, done, seeds, runs),
         "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "unit": "seed and picture"},
         **found,
         "only_tuned": {
-            arm.name: {"says": arm.says, "adapter": study.adapters[arm.name]} | _rates(study, arm, kept)
+            arm.name: {"says": arm.says, "adapter": study.adapters[arm.name]} | _rates(study, arm, runs)
             for arm in study.config.arms
-            if arm.name in study.config.only_tuned and study.tuned(arm, kept)
+            if arm.name in study.config.only_tuned and study.tuned(arm, runs)
         },
     }
     return json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON knows no NaN: null stands for it
 
 
-def _final_name(study: Study, arm: Arm, kept: KeptRuns, seed: int) -> str:
-    return study.name(next(job for job in study.finals(arm, kept) if job.seed == seed))
+def _final(study: Study, arm: Arm, runs: RunFolder, seed: int) -> Job:
+    return next(job for job in study.finals(arm, runs) if job.seed == seed)
 
 
-def _done_seeds(study: Study, arm: Arm, kept: KeptRuns) -> list[int]:
-    return [job.seed for job in study.finals(arm, kept) if kept.read(study.name(job)) is not None]
+def _done_seeds(study: Study, arm: Arm, runs: RunFolder) -> list[int]:
+    return [job.seed for job in study.finals(arm, runs) if record_of(study, job, runs) is not None]
 
 
-def _left_out(study: Study, done: dict[Arm, list[int]], seeds: list[int], kept: KeptRuns) -> list[str]:
-    """What is asked for and not in the report."""
+def _left_out(study: Study, done: dict[Arm, list[int]], seeds: list[int], runs: RunFolder) -> list[str]:
+    """What the config names and the report lacks."""
     tuned = study.config.only_tuned
     missing = [arm.name for arm, finished in done.items() if not finished and arm.name not in tuned]
-    untuned = [arm.name for arm in done if arm.name in tuned and not study.tuned(arm, kept)]
+    untuned = [arm.name for arm in done if arm.name in tuned and not study.tuned(arm, runs)]
     due = [str(seed) for seed in range(study.config.run.seeds) if seed not in seeds]
     said = [f"arms without a finished seed: {', '.join(missing)}"] if missing else []
     said += [f"arms whose rates were not all tried: {', '.join(untuned)}"] if untuned else []
     return said + ([f"seeds that not every arm has: {', '.join(due)}"] if due else [])
 
 
-def _scores(names: dict[str, list[str]], kept: KeptRuns) -> Scores:
-    arrays = {arm: [kept.arrays(name) for name in group] for arm, group in names.items()}
+def _scores(names: dict[str, list[str]], runs: RunFolder) -> Scores:
+    arrays = {arm: [runs.arrays(name) for name in group] for arm, group in names.items()}
     any_run = next(iter(arrays.values()))[0]
     return Scores(
-        {arm: np.stack([run["exact"] for run in runs]) for arm, runs in arrays.items()},
+        {arm: np.stack([run["exact"] for run in group]) for arm, group in arrays.items()},
         any_run["domain"],
         any_run["source"],
         any_run["picture"],
     )
 
 
-def _about(study: Study, arm: Arm, kept: KeptRuns, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _about(study: Study, arm: Arm, runs: RunFolder, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What an arm is, what it was given, what it cost and how it routed: means over seeds."""
     costs = {name: float(np.mean([each["cost"][name] for each in records])) for name in records[0]["cost"]}
     peaks = [each["peak_mib"] for each in records if each["peak_mib"] is not None]
@@ -148,17 +149,17 @@ def _about(study: Study, arm: Arm, kept: KeptRuns, records: Sequence[dict[str, A
         "says": arm.says,
         "is_control": arm.is_control,
         "adapter": None if arm.trains == "nothing" else study.adapters[arm.name],
-        **_rates(study, arm, kept),
+        **_rates(study, arm, runs),
         "cost": costs | {"seconds": float(np.mean([each["seconds"] for each in records]))},
         "peak_mib": max(peaks, default=None),
         "routing": _mean_routing(routing),
     }
 
 
-def _rates(study: Study, arm: Arm, kept: KeptRuns) -> dict[str, Any]:
-    tuned = sorted((study.tuned(arm, kept) or {}).items())
+def _rates(study: Study, arm: Arm, runs: RunFolder) -> dict[str, Any]:
+    tuned = sorted((study.tuned(arm, runs) or {}).items())
     return {
-        "lr": None if arm.trains == "nothing" else study.chosen_rate(arm, kept) * arm.rate,
+        "lr": None if arm.trains == "nothing" else study.chosen_rate(arm, runs) * arm.rate,
         "router_rate": arm.router_rate,
         "tuned": [{"lr": rate * arm.rate, "exact": exact, "loss": loss} for rate, (exact, loss) in tuned],
     }
@@ -190,7 +191,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         ]
     said = [f"Mixing hurts: {SINGLE} − {base} is {points} points on the mean of domains.", *_hurt_domains(summary)]
     controls = {name for name, arm in summary["arms"].items() if arm["is_control"]}
-    recovery = {arm: told["mean"] for arm, told in summary["recovery"].items() if arm not in controls}
+    recovery = {arm: each["mean"] for arm, each in summary["recovery"].items() if arm not in controls}
     if recovery:
         arm = max(recovery, key=lambda name: recovery[name]["recovery"])
         said.append(f"Most is recovered by {arm}: {ratio(recovery[arm])} of the conflict (controls left aside).")
@@ -273,14 +274,14 @@ def _scores_table(summary: dict[str, Any], level: str) -> tuple[list[str], list[
     with_mean = ["mean"] if level == "domains" else []
     rows = []
     for name, arm in summary["arms"].items():
-        told = [*(arm[level][group] for group in groups), *(arm[key] for key in with_mean)]
-        rows.append([name, *(with_interval(each["score"], each) for each in told)])
+        measured = [*(arm[level][group] for group in groups), *(arm[key] for key in with_mean)]
+        rows.append([name, *(with_interval(each["score"], each) for each in measured)])
     return ["arm", *groups, *with_mean], rows
 
 
-def ratio(told: dict[str, float] | None) -> str:
+def ratio(found: dict[str, float] | None) -> str:
     """A recovery with its interval, 1 for all of the conflict; a dash where there is none."""
-    return "–" if told is None else f"{told['recovery']:.2f} [{told['ci_low']:.2f}, {told['ci_high']:.2f}]"
+    return "–" if found is None else f"{found['recovery']:.2f} [{found['ci_low']:.2f}, {found['ci_high']:.2f}]"
 
 
 def _recovery_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -288,8 +289,8 @@ def _recovery_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]
     domains = list(conflict["domains"])
     first = ["conflict (points)", *(signed(conflict["domains"][name]) for name in domains), signed(conflict["mean"])]
     rows = [
-        [f"recovery, {arm}", *(ratio(told["domains"][name]) for name in domains), ratio(told["mean"])]
-        for arm, told in summary["recovery"].items()
+        [f"recovery, {arm}", *(ratio(each["domains"][name]) for name in domains), ratio(each["mean"])]
+        for arm, each in summary["recovery"].items()
     ]
     return ["", *domains, "mean"], [first, *rows]
 
@@ -305,8 +306,8 @@ def _difference_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str
     for arm in summary["arms"]:
         cells = []
         for against in others.values():
-            told = against[arm]["mean"] if arm in against else None
-            cells += ["–"] * 3 if told is None else [signed(told), _p(told["p_holm"]), _p(told["t"]["p"])]
+            gain = against[arm]["mean"] if arm in against else None
+            cells += ["–"] * 3 if gain is None else [signed(gain), _p(gain["p_holm"]), _p(gain["t"]["p"])]
         if set(cells) != {"–"}:
             rows.append([arm, *cells])
     return ["arm", *heads], rows

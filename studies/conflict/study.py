@@ -1,4 +1,4 @@
-"""What a study has to run, in which order, and under which recipe each run is kept."""
+"""What a study has to run, in which order, and by which recipe each run is made."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm.mole import start
-from train.conflict.arms import Arm, adapter_of, adapter_values
-from train.conflict.config import ConflictConfig
-from train.kept import KeptRuns, digest
+from studies.conflict.arms import Arm, adapter_of, adapter_values
+from studies.conflict.config import ConflictConfig
+from studies.runner import RunFolder, digest, record_of
 from train.parts import RESERVED
 
 STARTS = {"rows": start.ROWS_OF_A_DOMAIN, "shrinkage": start.SHRINKAGE, "spread": start.LOGIT_SPREAD}
@@ -86,9 +86,9 @@ class Study:
         seeds = range(FIRST_TUNE_SEED, FIRST_TUNE_SEED + run.tune_seeds) if chooses else ()
         return [Job(arm, "val", rate, seed) for seed in seeds for rate in run.lrs]
 
-    def tuned(self, arm: Arm, kept: KeptRuns) -> dict[float, tuple[float, float]] | None:
+    def tuned(self, arm: Arm, runs: RunFolder) -> dict[float, tuple[float, float]] | None:
         """Rate -> (exact share, loss) on validation, means over domains and seeds; None before all runs are there."""
-        records = {job: kept.read(self.name(job)) for job in self.tuning(arm)}
+        records = {job: record_of(self, job, runs) for job in self.tuning(arm)}
         if None in records.values():
             return None
         by_rate: dict[float, list[tuple[float, float]]] = {}
@@ -96,16 +96,16 @@ class Study:
             by_rate.setdefault(job.rate, []).append((record["exact"], record["loss"]))
         return {rate: tuple(np.mean(figures, axis=0).tolist()) for rate, figures in by_rate.items()}
 
-    def chosen_rate(self, arm: Arm, kept: KeptRuns) -> float | None:
+    def chosen_rate(self, arm: Arm, runs: RunFolder) -> float | None:
         """The best of the grid by exact share, ties by loss; None while that is not known."""
         if not self.tuning(arm):
             return self.config.run.lrs[0]
-        tuned = self.tuned(arm, kept)
+        tuned = self.tuned(arm, runs)
         return tuned and min(tuned, key=lambda rate: (-tuned[rate][0], tuned[rate][1]))
 
-    def finals(self, arm: Arm, kept: KeptRuns) -> list[Job]:
+    def finals(self, arm: Arm, runs: RunFolder) -> list[Job]:
         """The trainings that are scored on test; none while the arm's rate is not known."""
-        rate = self.chosen_rate(arm, kept)
+        rate = self.chosen_rate(arm, runs)
         return [] if rate is None else self.finals_at(rate, arm)
 
     def finals_at(self, rate: float, arm: Arm) -> list[Job]:
@@ -113,21 +113,13 @@ class Study:
         seeds = 0 if arm.name in self.config.only_tuned else self.config.run.seeds
         return [Job(arm, "test", rate, seed) for seed in range(seeds)]
 
-    def ready(self, kept: KeptRuns) -> Iterator[Job]:
+    def jobs(self, runs: RunFolder) -> Iterator[Job]:
         """What can be run now, finished or not: rates first, then seed by seed, so that what is there is paired."""
         arms = self.config.arms
         yield from sorted((job for arm in arms for job in self.tuning(arm)), key=lambda job: job.seed)
-        yield from sorted((job for arm in arms for job in self.finals(arm, kept)), key=lambda job: job.seed)
-
-    def due(self, kept: KeptRuns) -> list[Job]:
-        """What can be run now and is not finished."""
-        return [job for job in self.ready(kept) if kept.read(self.name(job)) is None]
+        yield from sorted((job for arm in arms for job in self.finals(arm, runs)), key=lambda job: job.seed)
 
     @property
     def size(self) -> int:
         """Runs in all."""
         return sum(len(self.tuning(arm)) + len(self.finals_at(0.0, arm)) for arm in self.config.arms)
-
-    def finished(self, kept: KeptRuns) -> int:
-        """Runs that are there."""
-        return sum(kept.read(self.name(job)) is not None for job in self.ready(kept))

@@ -18,24 +18,24 @@ from transformers import LlavaForConditionalGeneration
 from mllm.cost import base_flops, cost
 from mllm.mole import MoleConfig, routing_context
 from mllm.routing import RoutingStats
-from train.conflict.arms import Arm, adapter_of
-from train.conflict.config import ConflictConfig
-from train.conflict.data import ScoredSet, StudyData
-from train.conflict.study import Job, Study
-from train.trial import CachedSet, Schedule, learn, score_trial, train_trial
+from studies.conflict.arms import Arm, adapter_of
+from studies.conflict.config import ConflictConfig
+from studies.conflict.data import ScoredSet, StudyData
+from studies.conflict.study import Job, Study
+from studies.finetune import CachedSet, Schedule, finetune, optimise, score_answers
 
 
-def carry_out(
+def train_and_score(
     job: Job, study: Study, base: LlavaForConditionalGeneration, data: StudyData
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Trains and scores; returns what is kept of it: a record, and arrays with a value a sample.
+    """One run's record, and arrays with a value a sample.
 
     The record holds `exact` and `loss` (means over domains), `cost`, `routing` (None where nothing is chosen),
     `seconds` of training, `peak_mib` of memory.
     """
     values, scored = study.adapters[job.arm.name], getattr(data, job.split)
     exact_N, loss_N = np.zeros(len(scored.cached), bool), np.zeros(len(scored.cached), np.float32)
-    meter, seconds, trained = Meter(), 0.0, 0
+    costs, seconds, trained = ScoringCosts(), 0.0, 0
     reset_peak_memory()
     for rows, times, places in parts(job.arm, data, scored):
         schedule = schedule_of(job, study.config, times * len(rows))
@@ -43,16 +43,16 @@ def carry_out(
         with trained_model(base, adapter_of(job.arm, values), data.train, schedule, rows) as model:
             seconds += time.perf_counter() - began
             trained += sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            meter.model = model
+            costs.model = model
             batch = study.config.run.eval_batch_size
-            scores = score_trial(model, scored.cached.part(places), batch_size=batch, after_batch=meter)
+            scores = score_answers(model, scored.cached.part(places), batch_size=batch, after_batch=costs)
         exact_N[places], loss_N[places] = scores.exact, scores.loss
     columns = scored.columns() | {"exact": exact_N, "loss": loss_N}
     record = {
         "exact": domain_mean(exact_N, columns["domain"]),
         "loss": domain_mean(loss_N, columns["domain"]),
-        "cost": meter.cost() | {"trained_parameters": trained},
-        "routing": meter.routing() if chooses(values) else None,
+        "cost": costs.cost() | {"trained_parameters": trained},
+        "routing": costs.routing() if chooses(values) else None,
         "seconds": round(seconds, 2),
         "peak_mib": peak_memory(),
     }
@@ -105,7 +105,7 @@ def trained_model(
         yield base.requires_grad_(False)
         return
     if adapter is not None:
-        model = train_trial(base, adapter, data, schedule, rows=rows)
+        model = finetune(base, adapter, data, schedule, rows=rows)
         try:
             yield model
         finally:
@@ -118,7 +118,7 @@ def trained_model(
         for weight in weights:
             weight.data = weight.data.to(torch.float32, copy=True)
             weight.requires_grad_(True)
-        yield learn(base, data, schedule, rows=rows)
+        yield optimise(base, data, schedule, rows=rows)
     finally:
         for weight, data_before in zip(weights, before, strict=True):
             weight.data = data_before
@@ -137,8 +137,8 @@ def domain_mean(value_N: np.ndarray, domain_N: np.ndarray) -> float:
 
 
 @dataclass
-class Meter:
-    """What scoring spends and routes, summed over batches; told of a batch while its routing is still there."""
+class ScoringCosts:
+    """What scoring spends and routes, summed over batches. Call it after each, while its routing is still there."""
 
     model: nn.Module | None = None
     tokens: int = 0

@@ -1,8 +1,8 @@
 """Experts by modality (MoMa, 2407.21770) against their rivals, every arm scored causally.
 
-    python -m benchmarks.moma_study --scale cpu --image-tokenizer runs/image_tokenizer/image_tokenizer
-    python -m benchmarks.moma_study --scale real --image-tokenizer FOLDER --captions FILE --image-root FOLDER
-    python -m benchmarks.moma_study --scale cpu --image-tokenizer FOLDER --report-only
+    python -m studies.moma --scale cpu --image-tokenizer runs/image_tokenizer/image_tokenizer
+    python -m studies.moma --scale real --image-tokenizer FOLDER --captions FILE --image-root FOLDER
+    python -m studies.moma --scale cpu --image-tokenizer FOLDER --report-only
 
 Named before anything was run:
   primary    η of 4t4i on the loss over all held-out tokens, causal: how much more compute dense needs for the same

@@ -13,14 +13,14 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.moma_study.analysis import analyse, as_markdown, contrasts
-from benchmarks.moma_study.arms import ARMS, DENSE
-from benchmarks.moma_study.picture import draw
-from benchmarks.moma_study.runs import Study
-from benchmarks.moma_study.speed import as_table, measure
-from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.provenance import provenance
+from studies.moma.analysis import analyse, as_markdown, contrasts
+from studies.moma.arms import ARMS, DENSE
+from studies.moma.picture import draw
+from studies.moma.runs import Study
+from studies.moma.speed import as_table, measure
+from studies.runner import RESULTS
 
 SPEED_BATCHES = 1, 4  # of the study's batch
 
@@ -36,7 +36,7 @@ def main(
     main_seeds: Annotated[int, typer.Option(help="Of dense and 4t4i.")] = 5,
     arm: Annotated[list[str] | None, typer.Option(help="Only these arms (and dense).")] = None,
     limit_minutes: Annotated[float, typer.Option(help="Start no run that would end later.")] = 60.0,
-    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "moma_study",
+    out: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "moma",
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure steps a second, arms in turn; leave it alone.")
     ] = False,

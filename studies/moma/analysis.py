@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.moma_study.arms import DENSE, FROZEN, MAIN
-from benchmarks.moma_study.runs import Run, Study
 from mllm.moma.scoring import LEAKY
 from mllm.moma.stream import DIRECTIONS
+from studies.moma.arms import DENSE, FROZEN, MAIN
+from studies.moma.runs import Run, Study
 
 BALANCED = "balanced"  # mean of the four directions: six of seven scored tokens are codes of pictures
 MEASURES = ("all", BALANCED, *DIRECTIONS)

@@ -9,8 +9,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from benchmarks.moma_study.analysis import MEASURES
-from benchmarks.moma_study.runs import Run, Study
+from studies.moma.analysis import MEASURES
+from studies.moma.runs import Run, Study
 
 _INK, _FAINT = "#22303c", "#dde2e7"
 _TEXT = {"fontsize": 9, "color": _INK}

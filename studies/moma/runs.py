@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.moma_study.arms import ARMS, DENSE, MAIN, SCALES, arm_model
 from mllm.moma import MomaForCausalLM
 from mllm.moma.cost import head_flops, moma_cost
 from mllm.moma.scoring import evaluating, evaluation_modes, held_out_losses
 from mllm.moma.stream import PackedRows, pack
 from mllm.provenance import provenance
-from train.kept import claimed, digest
+from studies.moma.arms import ARMS, DENSE, MAIN, SCALES, arm_model
+from studies.runner import locked, digest
 from train.moma.config import MomaModelSection, StreamSection
 from train.moma.data import digest as data_digest
 from train.moma.data import held_out_documents, training_rows
@@ -78,7 +78,7 @@ class Study:
         return self._training_rows(self.data.model_copy(update=few))
 
     def _training_rows(self, data: StreamSection) -> PackedRows:
-        with claimed(data.cache / "rows.lock", wait=True):
+        with locked(data.cache / "rows.lock", wait=True):
             return training_rows(data, self.processor)
 
     def _held_out(self, split: Literal["val", "test"]) -> PackedRows:
@@ -105,7 +105,7 @@ class Study:
     def carry_out(self, run: Run) -> dict | None:
         """Train, measure, keep; the file appears whole. None where another process is at it."""
         path = self.path(run)
-        with claimed(path.with_suffix(".lock")) as mine:
+        with locked(path.with_suffix(".lock")) as mine:
             if not mine:
                 return None
             if there := self.kept(run):

@@ -8,8 +8,8 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.moma_study.arms import DENSE, arm_model
-from benchmarks.moma_study.runs import Study, clock, learn
+from studies.moma.arms import DENSE, arm_model
+from studies.moma.runs import Study, clock, learn
 
 WARM_UP = 3
 

@@ -1,10 +1,10 @@
 """Does drawing routers to the routing of neighbours help (RoMA, 2511.07419), beyond tuning routers at all?
 
-    python -m benchmarks.roma_study --part native                  # a small mixture of experts, learned here
-    python -m benchmarks.roma_study --part misrouted               # the same with its routers thrown off: a control
-    python -m benchmarks.roma_study --part miniworld --adapter FOLDER --data FOLDER
-    python -m benchmarks.roma_study --part real --base FOLDER --adapter FOLDER --data FOLDER
-    python -m benchmarks.roma_study --part report                  # table and README from what is there
+    python -m studies.roma --part native                  # a small mixture of experts, learned here
+    python -m studies.roma --part misrouted               # the same with its routers thrown off: a control
+    python -m studies.roma --part miniworld --adapter FOLDER --data FOLDER
+    python -m studies.roma --part real --base FOLDER --adapter FOLDER --data FOLDER
+    python -m studies.roma --part report                  # table and README from what is there
 
 What is compared, named before anything was run:
   claim      true neighbours beat tuning by the answers' loss alone (CE), and random neighbours of the same weights.

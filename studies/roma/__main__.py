@@ -15,15 +15,14 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.roma_study.analysis import WHERE, analyse
-from benchmarks.roma_study.arms import ARMS, FEW_TRIALS, RIVALS, TRIES, Arm
-from benchmarks.roma_study.llava import LlavaPart
-from benchmarks.roma_study.native import MisroutedPart, NativePart
-from benchmarks.roma_study.runs import Part, RunFolder, run_arm
-from benchmarks.store import RESULTS
 from mllm.console import quieten
 from mllm.evaluation.tables import markdown, print_tables
-from train.kept import claimed
+from studies.roma.analysis import WHERE, analyse
+from studies.roma.arms import ARMS, FEW_TRIALS, RIVALS, TRIES, Arm
+from studies.roma.llava import LlavaPart
+from studies.roma.native import MisroutedPart, NativePart
+from studies.roma.runs import Part, RunFolder, run_arm
+from studies.runner import RESULTS, locked
 
 PARTS = {"native": ARMS, "misrouted": RIVALS, "miniworld": FEW_TRIALS, "real": FEW_TRIALS}
 NATIVE = {"native": NativePart, "misrouted": MisroutedPart}
@@ -40,8 +39,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Paired seeds, from 0 on.")] = 5,
     tries: Annotated[bool, typer.Option("--tries", help="What might make it work, after the named arms.")] = False,
     limit_minutes: Annotated[float, typer.Option(help="Start no run that would end later than this.")] = 45.0,
-    out: Annotated[Path, typer.Option(help="Where results go; runs are kept in its folder runs/.")] = RESULTS
-    / "roma_study",
+    out: Annotated[Path, typer.Option(help="Where results go; runs are kept in its folder runs/.")] = RESULTS / "roma",
 ) -> None:
     """Align every arm for every seed and measure it; what is there already, by the same recipe, is passed over."""
     quieten()
@@ -64,7 +62,7 @@ def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm], *, l
     """
     began, made = time.monotonic(), 0
     for seed in range(seeds):
-        with claimed(runs.folder / f"{part.name}-s{seed}.lock") as mine:
+        with locked(runs.folder / f"{part.name}-s{seed}.lock") as mine:
             due = [arm for arm in arms if mine and not runs.is_done(part, arm, seed)]
             task = part.task(seed) if due else None
             for left, arm in zip(range(len(due), 0, -1), due, strict=True):

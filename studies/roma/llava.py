@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.roma_study.runs import Sizes, Task
 from mllm.alignment import CachedStates, EncodedRows, base_embeddings, cache_states, routed_layers, score
 from mllm.alignment.embeddings import centred
 from mllm.build import load, resolve
@@ -24,7 +23,8 @@ from mllm.data.conversation import Conversation
 from mllm.data.sources import Source
 from mllm.errors import UserError
 from mllm.evaluation.recipe import digest
-from train.kept import claimed
+from studies.roma.runs import Sizes, Task
+from studies.runner import locked
 
 SIZES = Sizes(steps=60, batch_size=8, layers=3)
 HELD_OUT = {"miniworld": ("relation", "larger", "line", "place"), "real": ("vqa_rad", "fara_forms", "coco_mini")}
@@ -91,7 +91,7 @@ class LlavaPart:
         key = digest([self.recipe(), self.sizes.layers])
         folder = self.work / f"{self.name}-{key}"
         first = routed_layers(model, self.sizes.layers)[0].depth
-        with claimed(self.work / f"{key}.lock", wait=True):
+        with locked(self.work / f"{key}.lock", wait=True):
             cache_states(model, whole, folder, first_layer=first, batch_size=32, stamp=key)
         data, kept = CachedStates(folder, pad_token_id=processor.tokenizer.pad_token_id), folder / "rows.safetensors"
         if not kept.is_file():

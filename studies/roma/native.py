@@ -20,13 +20,13 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from benchmarks.roma_study.runs import Sizes, Task
 from mllm.alignment import CachedStates, TokenRows, base_embeddings, cache_states, prepare, routed_layers, score
 from mllm.alignment.align import row_order
 from mllm.alignment.embeddings import centred
 from mllm.alignment.tail import answer_logits
 from mllm.data.template import IGNORED
 from mllm.native_moe import balance_loss
+from studies.roma.runs import Sizes, Task
 
 SIZES = Sizes()
 LENGTH = 3  # digits of a question

@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.roma_study.arms import Arm
-from benchmarks.roma_study.lora import train_lora
 from mllm.alignment import (
     Aligner,
     AlignmentData,
@@ -37,6 +35,8 @@ from mllm.alignment.report import consistency
 from mllm.alignment.success import Scores
 from mllm.alignment.vectors import vector_sizes
 from mllm.provenance import provenance
+from studies.roma.arms import Arm
+from studies.roma.lora import train_lora
 
 SCORED_AT_ONCE = 128  # rows
 

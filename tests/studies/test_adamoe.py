@@ -7,17 +7,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.adamoe_pareto.__main__ import carry_out
-from benchmarks.adamoe_pareto.adapters import FRAME, measure
-from benchmarks.adamoe_pareto.analysis import correlation, estimate, experts_over_layers, holm, loss_at_load
-from benchmarks.adamoe_pareto.native import ARMS, NativeStudy, prose
-from benchmarks.adamoe_pareto.report import read_part, write_report
-from benchmarks.adamoe_pareto.runs import Arm, Measured, RunFolder, Tokens
 from mllm.data.sources import Source
 from mllm.mole import MoleConfig
+from studies.adamoe.__main__ import carry_out
+from studies.adamoe.adapters import FRAME, measure
+from studies.adamoe.analysis import correlation, estimate, experts_over_layers, holm, loss_at_load
+from studies.adamoe.native import ARMS, NativeStudy, prose
+from studies.adamoe.report import read_part, write_report
+from studies.adamoe.runs import Arm, Measured, RunFolder, Tokens
+from studies.finetune import Schedule, cache, score_answers, finetune
 from tests.tiny import tiny_image, tiny_llava
 from train.config import OptimSection
-from train.trial import Schedule, cache, score_trial, train_trial
 
 NULL_GAIN = 0.3
 
@@ -153,7 +153,7 @@ def test_arms_of_a_seed_start_from_one_model(native):
     assert not torch.equal(first.state_dict()["lm_head.weight"], other["lm_head.weight"])
 
 
-def test_answers_are_scored_as_a_trial_scores_them_and_routed_token_by_token(tmp_path):
+def test_answers_are_scored_as_fine_tuning_scores_them_and_routed_token_by_token(tmp_path):
     tiny_image("red").save(tmp_path / "red.png")
     turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
     bare = [{"from": "human", "value": "How many cells are there?"}, {"from": "gpt", "value": "three of them"}]
@@ -163,8 +163,8 @@ def test_answers_are_scored_as_a_trial_scores_them_and_routed_token_by_token(tmp
     data = cache(base, processor, list(Source(tmp_path / "rows.json")))
     arm = Arm("null", "null", {"top_k": 3, "num_null_experts": 2})
     schedule = Schedule(steps=2, batch_size=2, optim=OptimSection(lr=1e-2))
-    model = train_trial(base, MoleConfig(**FRAME | arm.settings), data, schedule)
-    measured, scores = measure(model, data, np.arange(10.0), batch_size=2), score_trial(model, data)
+    model = finetune(base, MoleConfig(**FRAME | arm.settings), data, schedule)
+    measured, scores = measure(model, data, np.arange(10.0), batch_size=2), score_answers(model, data)
     starts = np.flatnonzero(measured.tokens.position_N == 0)
     means = [part.mean() for part in np.split(measured.tokens.loss_N, starts[1:])]
     assert means == pytest.approx(scores.loss.tolist())

@@ -1,4 +1,4 @@
-"""A trial is the product's model, labels and loss without its machinery."""
+"""Fine-tuning for a study is the product's model, labels and loss without its machinery."""
 
 import json
 from dataclasses import replace
@@ -12,10 +12,10 @@ from mllm.data.sources import Source
 from mllm.data.template import ConversationEncoder
 from mllm.generate import answer
 from mllm.mole import MoleConfig
+from studies.finetune import Schedule, answer_losses, cache, score_answers, finetune
 from tests.tiny import tiny_image, tiny_llava
 from train.config import OptimSection
 from train.parts import parameter_groups
-from train.trial import Schedule, answer_losses, cache, score_trial, train_trial
 
 COLOURS = ("red", "green", "blue")
 FAST = Schedule(steps=100, batch_size=7, optim=OptimSection(lr=5e-3, warmup_ratio=0.0))
@@ -48,7 +48,7 @@ def learned(rows):
     base, processor = tiny_base()
     data = cache(base, processor, rows)
     adapter = MoleConfig(r=8, num_experts=3, modules_to_save=[])
-    return train_trial(base, adapter, data, FAST), processor, data
+    return finetune(base, adapter, data, FAST), processor, data
 
 
 def test_cached_embeddings_give_the_loss_of_the_pictures(rows):
@@ -67,15 +67,15 @@ def test_cached_embeddings_give_the_loss_of_the_pictures(rows):
         torch.testing.assert_close(answer_losses(model, inputs, labels)[0].mean(), wanted)
 
 
-def test_a_trial_learns_and_leaves_the_base_as_it_was(rows):
+def test_finetuning_learns_and_leaves_the_base_as_it_was(rows):
     base, processor = tiny_base()
     data = cache(base, processor, rows)
-    before = score_trial(base, data)
+    before = score_answers(base, data)
     for adapter in (MoleConfig(r=4, modules_to_save=[]), LoraConfig(r=4, target_modules=["up_proj", "down_proj"])):
-        model = train_trial(base, adapter, data, FAST)
-        assert score_trial(model, data).loss.mean() < before.loss.mean() - 0.5
+        model = finetune(base, adapter, data, FAST)
+        assert score_answers(model, data).loss.mean() < before.loss.mean() - 0.5
         base = model.unload()
-        assert np.array_equal(score_trial(base, data).loss, before.loss)
+        assert np.array_equal(score_answers(base, data).loss, before.loss)
 
 
 def test_the_same_seed_gives_the_same_weights(rows):
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_weights(rows):
     for _ in range(2):
         base, processor = tiny_base()
         data = cache(base, processor, rows)
-        model = train_trial(base, MoleConfig(r=2, modules_to_save=[]), data, Schedule(3, 2, OptimSection(), seed=5))
+        model = finetune(base, MoleConfig(r=2, modules_to_save=[]), data, Schedule(3, 2, OptimSection(), seed=5))
         weights.append({name: p for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -96,17 +96,17 @@ def test_exact_is_what_greedy_decoding_would_answer(rows, learned):
         if words:
             asked = [replace(row, turns=(row.turns[0], replace(row.turns[1], text=words))) for row in rows]
         wanted = [conversation.turns[-1].text for conversation in asked]
-        exact = score_trial(model, cache(model, processor, asked)).exact
+        exact = score_answers(model, cache(model, processor, asked)).exact
         assert exact.any()
         assert exact.tolist() == [text == right for text, right in zip(texts, wanted, strict=True)]
     assert not exact.all()
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_rate_of_routers_own_holds_only_where_pictures_tell_them_how_to_start(rows, told, monkeypatch):
+@pytest.mark.parametrize("separable", [True, False])
+def test_a_rate_of_routers_own_holds_only_where_pictures_tell_them_how_to_start(rows, separable, monkeypatch):
     base, processor = tiny_base()
     data = cache(base, processor, [row for row in rows if row.images] * 4)
-    if not told:
+    if not separable:
         domains = np.random.default_rng(0).permutation(data.domains).tolist()  # that no picture tells
         data = replace(data, domains=domains)
     rates = {}
@@ -115,11 +115,11 @@ def test_a_rate_of_routers_own_holds_only_where_pictures_tell_them_how_to_start(
         rates.update({group["part"]: group["lr"] for group in parameter_groups(model, optim)})
         return parameter_groups(model, optim)
 
-    monkeypatch.setattr("train.trial.parameter_groups", groups)
+    monkeypatch.setattr("studies.finetune.parameter_groups", groups)
     optim = OptimSection(lr=1e-2, part_lr={"router": 1e-3})
     adapter = MoleConfig(r=2, num_experts=3, expert_domains=list(COLOURS), modules_to_save=[])
-    train_trial(base, adapter, data, Schedule(steps=1, batch_size=4, optim=optim))
-    assert (rates["experts"], rates["router"]) == (1e-2, 1e-3 if told else 1e-2)
+    finetune(base, adapter, data, Schedule(steps=1, batch_size=4, optim=optim))
+    assert (rates["experts"], rates["router"]) == (1e-2, 1e-3 if separable else 1e-2)
 
 
 def test_rows_of_one_domain_only():

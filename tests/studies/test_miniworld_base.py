@@ -12,7 +12,7 @@ from mllm.data.collate import Collator
 from mllm.data.conversation import Turn
 from mllm.data.template import ConversationEncoder
 from mllm.generate import answer
-from train.miniworld_base import PLAN, SceneBatches, Stage, kept, optimisers, pixels
+from studies.miniworld_base import PLAN, SceneBatches, Stage, optimisers, pixels, run_stage
 
 FOLDER = files("mllm") / "assets" / "miniworld"
 
@@ -100,13 +100,13 @@ def test_a_caption_in_any_order_lists_the_same_facts():
 def test_a_stage_is_trained_once_and_then_read(tmp_path):
     layer, calls, stage = torch.nn.Linear(2, 2), [], Stage(10, 2, 1e-3)
     for _ in range(2):
-        kept(tmp_path / "stage.safetensors", layer, stage, 0, lambda: calls.append(1))
+        run_stage(tmp_path / "stage.safetensors", layer, stage, 0, lambda: calls.append(1))
     assert calls == [1]
     other = torch.nn.Linear(2, 2)
-    kept(tmp_path / "stage.safetensors", other, stage, 0, lambda: calls.append(2))
+    run_stage(tmp_path / "stage.safetensors", other, stage, 0, lambda: calls.append(2))
     assert torch.equal(other.weight, layer.weight)
     assert calls == [1]
-    kept(tmp_path / "stage.safetensors", other, stage, 1, lambda: calls.append(3))
+    run_stage(tmp_path / "stage.safetensors", other, stage, 1, lambda: calls.append(3))
     assert calls == [1, 3]
 
 

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.moma_study import arms as all_arms
-from benchmarks.moma_study.__main__ import carry_out
-from benchmarks.moma_study.analysis import analyse, as_markdown, contrasts, eta, interval
-from benchmarks.moma_study.arms import ARMS, SCALES, arm_config
-from benchmarks.moma_study.picture import draw
-from benchmarks.moma_study.runs import Run, Study
-from benchmarks.moma_study.speed import as_table, measure
 from mllm.moma import MomaForCausalLM
+from studies.moma import arms as all_arms
+from studies.moma.__main__ import carry_out
+from studies.moma.analysis import analyse, as_markdown, contrasts, eta, interval
+from studies.moma.arms import ARMS, SCALES, arm_config
+from studies.moma.picture import draw
+from studies.moma.runs import Run, Study
+from studies.moma.speed import as_table, measure
+from studies.runner import claimed
 from tests.train.moma_data import write_image_tokenizer
-from train.kept import claimed
 
 
 def curve(losses, step=100.0):

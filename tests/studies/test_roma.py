@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.roma_study import __main__ as command
-from benchmarks.roma_study.analysis import analyse, discordant_p, means, paired
-from benchmarks.roma_study.arms import ARMS, TRIES
-from benchmarks.roma_study.llava import contents
-from benchmarks.roma_study.lora import SmallLora
-from benchmarks.roma_study.native import FAMILIES, HELD_OUT, MisroutedPart, NativePart, questions
-from benchmarks.roma_study.runs import RunFolder, Sizes, _weighed_by_family, run_arm
 from mllm.alignment import nearest, routed_layers
-from train.kept import claimed
+from studies.roma import __main__ as command
+from studies.roma.analysis import analyse, discordant_p, means, paired
+from studies.roma.arms import ARMS, TRIES
+from studies.roma.llava import contents
+from studies.roma.lora import SmallLora
+from studies.roma.native import FAMILIES, HELD_OUT, MisroutedPart, NativePart, questions
+from studies.roma.runs import RunFolder, Sizes, _weighed_by_family, run_arm
+from studies.runner import claimed
 
 
 @pytest.fixture(scope="module")

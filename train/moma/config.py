@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from train.config import DeepSpeedSection, OptimSection, RunSection, Section
+from train.config import SETTINGS_OF_STAGE, DeepSpeedSection, OptimSection, RunSection, Section
 
 
 class PictureSection(Section):
@@ -158,9 +158,5 @@ class MomaTrainConfig(MomaStage):
         return self
 
 
-SETTINGS: dict[str, type[MomaStage]] = {
-    "image_tokenizer": ImageTokenizerConfig,
-    "pretrain_moma": MomaTrainConfig,
-    "train_causal_routers": MomaTrainConfig,
-    "upcycle": MomaTrainConfig,
-}
+SETTINGS_OF_STAGE["image_tokenizer"] = ImageTokenizerConfig
+SETTINGS_OF_STAGE |= dict.fromkeys(("pretrain_moma", "train_causal_routers", "upcycle"), MomaTrainConfig)

@@ -5,7 +5,7 @@ import pytest
 
 from mllm.evaluation.intervals import RESAMPLES
 from mllm.evaluation.significance import bootstrap_p, holm
-from train.conflict.analysis import Measured, Scores, analyse, hurts, measure, recovered, weighted_means
+from studies.conflict.analysis import Measured, Scores, analyse, hurts, measure, recovered, weighted_means
 
 
 def scores(**right: list[list[int]]) -> Scores:
@@ -79,8 +79,8 @@ def test_the_interval_of_recovery_is_that_of_the_ratio_of_the_same_resamples():
     rng = np.random.default_rng(0)
     conflict_M = 0.2 + 0.05 * rng.standard_normal(RESAMPLES)
     gain = Measured(np.full(2, 0.1), 0.5 * conflict_M)  # half of the conflict in every resample
-    told = recovered(gain, Measured(np.full(2, 0.2), conflict_M))
-    assert [told["recovery"], told["ci_low"], told["ci_high"]] == pytest.approx([0.5, 0.5, 0.5])
+    recovery = recovered(gain, Measured(np.full(2, 0.2), conflict_M))
+    assert [recovery["recovery"], recovery["ci_low"], recovery["ci_high"]] == pytest.approx([0.5, 0.5, 0.5])
     assert not hurts(Measured(np.full(2, 0.05), conflict_M - 0.15))
 
 

@@ -6,9 +6,9 @@ from peft import get_peft_model
 
 from mllm.errors import UserError
 from mllm.mole import MoleConfig, MoleLinear
+from studies.conflict.arms import ARMS, GROUPS, LORA, adapter_of, adapter_values, own_arm
+from studies.conflict.config import AdapterSection
 from tests.tiny import tiny_language_model, tiny_llava
-from train.conflict.arms import ARMS, GROUPS, LORA, adapter_of, adapter_values, own_arm
-from train.conflict.config import AdapterSection
 
 DOMAINS = ["biomedical", "document", "general"]
 FRAME = AdapterSection(r=2, lora_alpha=4).model_dump()

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from mllm.errors import UserError
-from tests.train.conflict.toy import write_rows
-from train.conflict import data as data_module
-from train.conflict.config import DataSection, MiniworldSection, ScenesSection, load_conflict_config
-from train.conflict.data import read_rows
+from studies.conflict import data as data_module
+from studies.conflict.config import DataSection, MiniworldSection, ScenesSection, load_conflict_config
+from studies.conflict.data import read_rows
+from tests.studies.conflict.toy import write_rows
 
 SCENES = ScenesSection(train=4, val=1, test=1)
 

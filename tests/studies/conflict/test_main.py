@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm.cli import app
-from tests.train.conflict.toy import write_rows
-from train.conflict.__main__ import main
+from studies.conflict.__main__ import main
+from tests.studies.conflict.toy import write_rows
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_mllm_conflict_becomes_the_module_with_all_that_was_typed(monkeypatch):
 
     monkeypatch.setattr("mllm.cli.os.execv", start)
     for line in (["a.yaml", "run.seeds=2", "--report"], ["--report-all", "runs"]):
-        assert CliRunner().invoke(app, ["conflict", *line]).exception.code[1:] == ["-m", "train.conflict", *line]
+        assert CliRunner().invoke(app, ["conflict", *line]).exception.code[1:] == ["-m", "studies.conflict", *line]

@@ -6,19 +6,19 @@ import pytest
 from rich.console import Console
 
 from mllm.errors import UserError
-from tests.train.conflict.toy import FACTS, SHARES, ToyWorker, toy_config
-from train.conflict.regimes import report_all
-from train.conflict.report import notes, read_study, report, sentences, summarise, tables, write_facts
-from train.conflict.work import work
-from train.kept import KeptRuns
+from studies.conflict.regimes import report_all
+from studies.conflict.report import notes, read_study, report, sentences, summarise, tables, write_facts
+from studies.conflict.work import work
+from studies.runner import RunFolder
+from tests.studies.conflict.toy import FACTS, SHARES, ToyWorker, toy_config
 
 QUIET = Console(quiet=True)
 
 
 def reported(folder, shares=SHARES, **run):
     worker = ToyWorker(folder, shares, **run)
-    work(worker, KeptRuns(folder / "runs"), QUIET)
-    return report(worker.study, KeptRuns(folder / "runs"), QUIET)
+    work(worker, RunFolder(folder / "runs"), QUIET)
+    return report(worker.study, RunFolder(folder / "runs"), QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,14 @@ def test_too_few_steps_of_single_are_told(hurting, tmp_path):
 
 def test_arms_and_seeds_that_are_missing_are_left_out_and_named(tmp_path):
     worker = ToyWorker(tmp_path)
-    kept = KeptRuns(tmp_path / "runs")
-    work(worker, kept, QUIET)
+    runs = RunFolder(tmp_path / "runs")
+    work(worker, runs, QUIET)
     mole, mix = (next(arm for arm in worker.study.config.arms if arm.name == name) for name in ("mole", "mix"))
-    last = {arm.name: worker.study.name(worker.study.finals(arm, kept)[2]) for arm in (mole, mix)}
-    (kept.folder / f"{last['mix']}.json").unlink()
-    for path in kept.folder.glob("mole-*.json"):
+    last = {arm.name: worker.study.name(worker.study.finals(arm, runs)[2]) for arm in (mole, mix)}
+    (runs.path / f"{last['mix']}.json").unlink()
+    for path in runs.path.glob("mole-*.json"):
         path.unlink()
-    summary = summarise(worker.study, kept)
+    summary = summarise(worker.study, runs)
     assert (summary["seeds"], list(summary["arms"])) == ([0, 1], ["single", "mix", "wide"])
     assert summary["left_out"] == ["arms without a finished seed: mole", "seeds that not every arm has: 2"]
 

@@ -8,17 +8,17 @@ import torch
 import yaml
 from rich.console import Console
 
+from studies.conflict.__main__ import main
+from studies.conflict.arms import adapter_of
+from studies.conflict.config import load_conflict_config
+from studies.conflict.data import embed
+from studies.conflict.report import tables
+from studies.conflict.study import Job
+from studies.conflict.training import parts, peak_memory, reset_peak_memory, schedule_of, train_and_score
+from studies.conflict.work import Worker
+from studies.finetune import score_answers
+from tests.studies.conflict.toy import write_rows
 from tests.tiny import write_tiny_llava
-from tests.train.conflict.toy import write_rows
-from train.conflict.__main__ import main
-from train.conflict.arms import adapter_of
-from train.conflict.config import load_conflict_config
-from train.conflict.data import embed
-from train.conflict.report import tables
-from train.conflict.study import Job
-from train.conflict.training import carry_out, parts, peak_memory, reset_peak_memory, schedule_of
-from train.conflict.work import Worker
-from train.trial import score_trial
 
 QUIET = Console(quiet=True)
 ARMS = ["single", "mix", "wide", "full", "mole", "mole_oracle"]
@@ -82,17 +82,17 @@ def test_steps_follow_from_samples_so_twice_takes_twice_as_many(worker, data):
 @pytest.mark.parametrize("name", ["single", "full", "mole", "nulls", "mole_linear"])
 def test_a_run_leaves_the_base_bit_for_bit_as_it_was(worker, data, name):
     before = {key: value.clone() for key, value in worker.base.state_dict().items()}
-    record, columns = carry_out(job_of(worker, name), worker.study, worker.base, data)
+    record, columns = train_and_score(job_of(worker, name), worker.study, worker.base, data)
     after = worker.base.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert not np.array_equal(columns["loss"], score_trial(worker.base, data.test.cached).loss)
+    assert not np.array_equal(columns["loss"], score_answers(worker.base, data.test.cached).loss)
     assert (record["routing"] is not None) == (name in ("mole", "nulls", "mole_linear"))
 
 
 def test_the_base_is_scored_as_it_is(worker, data):
-    record, columns = carry_out(job_of(worker, "base"), worker.study, worker.base, data)
-    assert np.array_equal(columns["loss"], score_trial(worker.base, data.test.cached).loss)
+    record, columns = train_and_score(job_of(worker, "base"), worker.study, worker.base, data)
+    assert np.array_equal(columns["loss"], score_answers(worker.base, data.test.cached).loss)
     assert record["cost"]["trained_parameters"] == 0
 
 
@@ -105,12 +105,12 @@ def test_routers_that_start_right_learn_slowly_and_all_else_at_the_arms_rate(wor
 
 def test_another_default_of_the_adapter_is_another_recipe(worker, monkeypatch):
     before = worker.study.name(job_of(worker, "mole"))
-    monkeypatch.setattr("train.conflict.study.adapter_of", lambda arm, values: adapter_of(arm, values | {"top_k": 2}))
+    monkeypatch.setattr("studies.conflict.study.adapter_of", lambda arm, values: adapter_of(arm, values | {"top_k": 2}))
     assert worker.study.name(job_of(worker, "mole")) != before
 
 
 def test_full_trains_the_language_model_and_nothing_before_it(worker, data):
-    record, _ = carry_out(job_of(worker, "full"), worker.study, worker.base, data)
+    record, _ = train_and_score(job_of(worker, "full"), worker.study, worker.base, data)
     weights = worker.base.get_decoder().parameters()
     head = worker.base.get_output_embeddings().weight
     assert record["cost"]["trained_parameters"] == sum(weight.numel() for weight in weights) + head.numel()
@@ -119,7 +119,8 @@ def test_full_trains_the_language_model_and_nothing_before_it(worker, data):
 
 def test_the_same_job_gives_the_same_scores_and_another_seed_others(worker, data):
     first, again, other = (
-        carry_out(job_of(worker, "mole", seed=seed), worker.study, worker.base, data)[1]["loss"] for seed in (0, 0, 1)
+        train_and_score(job_of(worker, "mole", seed=seed), worker.study, worker.base, data)[1]["loss"]
+        for seed in (0, 0, 1)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -127,7 +128,7 @@ def test_the_same_job_gives_the_same_scores_and_another_seed_others(worker, data
 
 def test_costs_put_the_arms_in_order(worker, data):
     costs = {
-        name: carry_out(job_of(worker, name), worker.study, worker.base, data)[0]["cost"]
+        name: train_and_score(job_of(worker, name), worker.study, worker.base, data)[0]["cost"]
         for name in ("full", "mix", "mole", "wide", "single")
     }
     flops = {name: cost["flops"] for name, cost in costs.items()}
@@ -171,6 +172,6 @@ def test_a_whole_study_from_the_command_line_and_its_report_from_kept_runs_alone
     readme = (folder / "README.md").read_text()
     assert all(title in readme for title, *_ in tables(summary))
     (folder / "README.md").unlink()
-    monkeypatch.setattr("train.conflict.work.Worker.__init__", None)  # neither base nor data may be read
+    monkeypatch.setattr("studies.conflict.work.Worker.__init__", None)  # neither base nor data may be read
     assert main([str(config_path), "--report"]) == 0
     assert (folder / "README.md").read_text() == readme

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.train.conflict.toy import FACTS, SHARES, ToyWorker, toy_config
-from train.conflict import work as work_module
-from train.conflict.report import report
-from train.conflict.study import Study
-from train.conflict.work import work
-from train.kept import KeptRuns
+from studies import runner
+from studies.conflict.report import report
+from studies.conflict.study import Study
+from studies.conflict.work import work
+from studies.runner import RunFolder
+from tests.studies.conflict.toy import FACTS, SHARES, ToyWorker, toy_config
 
 QUIET = Console(quiet=True)
 FORK = multiprocessing.get_context("fork")
@@ -23,19 +23,19 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(work_module, "PATIENCE", 0.02)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
 
 
 def summary_of(folder: Path) -> dict:
     """The report without when and where it was made."""
     worker = ToyWorker(folder)
-    found = report(worker.study, KeptRuns(folder / "runs"), QUIET)
+    found = report(worker.study, RunFolder(folder / "runs"), QUIET)
     return {key: value for key, value in found.items() if key not in ("provenance", "made")}
 
 
 def test_every_arm_tries_every_rate_and_is_scored_at_its_best_with_other_seeds(tmp_path):
     worker = ToyWorker(tmp_path, tune_seeds=2)
-    assert work(worker, KeptRuns(tmp_path / "runs"), QUIET) == worker.study.size == 4 * (2 * 2 + 3)
+    assert work(worker, RunFolder(tmp_path / "runs"), QUIET) == worker.study.size == 4 * (2 * 2 + 3)
     for arm in worker.study.config.arms:
         jobs = [job for job in worker.jobs if job.arm == arm]
         assert sorted(job.rate for job in jobs if job.split == "val") == [1e-3, 1e-3, 1e-2, 1e-2]
@@ -45,23 +45,23 @@ def test_every_arm_tries_every_rate_and_is_scored_at_its_best_with_other_seeds(t
 
 def test_an_arm_that_validation_alone_looks_at_is_never_scored_on_test(tmp_path):
     worker = ToyWorker(tmp_path, arms=["single", "mix"], only_tuned=["mole"])
-    assert work(worker, KeptRuns(tmp_path / "runs"), QUIET) == worker.study.size == 2 * (2 + 3) + 2
+    assert work(worker, RunFolder(tmp_path / "runs"), QUIET) == worker.study.size == 2 * (2 + 3) + 2
     assert {job.split for job in worker.jobs if job.arm.name == "mole"} == {"val"}
 
 
 def test_the_untrained_base_has_no_rate_to_choose(tmp_path):
     worker = ToyWorker(tmp_path, SHARES | {"base": 0.1}, arms=["base", "single", "mix"])
-    assert work(worker, KeptRuns(tmp_path / "runs"), QUIET) == worker.study.size == 3 + 2 * (2 + 3)
+    assert work(worker, RunFolder(tmp_path / "runs"), QUIET) == worker.study.size == 3 + 2 * (2 + 3)
     assert {job.split for job in worker.jobs if job.arm.name == "base"} == {"test"}
 
 
 def test_equal_shares_are_told_apart_by_loss(tmp_path):
     worker = ToyWorker(tmp_path)
-    kept, arm = KeptRuns(tmp_path / "runs"), worker.study.config.arms[0]
+    runs, arm = RunFolder(tmp_path / "runs"), worker.study.config.arms[0]
     for job, loss in zip(worker.study.tuning(arm), (0.4, 0.5), strict=True):
         record, arrays = worker.run(job)
-        kept.keep(worker.study.name(job), record | {"exact": 0.5, "loss": loss}, arrays)
-    assert worker.study.chosen_rate(arm, kept) == 1e-3
+        runs.write(worker.study.name(job), record | {"exact": 0.5, "loss": loss}, arrays)
+    assert worker.study.chosen_rate(arm, runs) == 1e-3
 
 
 def test_a_study_that_was_killed_ends_with_the_same_summary(tmp_path):
@@ -71,39 +71,39 @@ def test_a_study_that_was_killed_ends_with_the_same_summary(tmp_path):
                 raise KeyboardInterrupt
             return super().run(job)
 
-    work(ToyWorker(tmp_path / "whole"), KeptRuns(tmp_path / "whole" / "runs"), QUIET)
-    kept = KeptRuns(tmp_path / "killed" / "runs")
+    work(ToyWorker(tmp_path / "whole"), RunFolder(tmp_path / "whole" / "runs"), QUIET)
+    runs = RunFolder(tmp_path / "killed" / "runs")
     with pytest.raises(KeyboardInterrupt):
-        work(Killed(tmp_path / "killed"), kept, QUIET)
-    (kept.folder / "half-written.part").write_text("{")
+        work(Killed(tmp_path / "killed"), runs, QUIET)
+    (runs.path / "half-written.part").write_text("{")
     again = ToyWorker(tmp_path / "killed")
-    assert work(again, kept, QUIET) == again.study.size - 5
-    assert work(again, kept, QUIET) == 0
+    assert work(again, runs, QUIET) == again.study.size - 5
+    assert work(again, runs, QUIET) == 0
     assert json.dumps(summary_of(tmp_path / "killed")).replace("killed", "whole") == json.dumps(
         summary_of(tmp_path / "whole")
     )
 
 
 def test_a_changed_recipe_is_run_again_and_the_old_run_kept(tmp_path):
-    kept = KeptRuns(tmp_path / "runs")
-    work(ToyWorker(tmp_path), kept, QUIET)
-    before = len(list(kept.folder.glob("*.json")))
-    assert work(ToyWorker(tmp_path, passes=2), kept, QUIET) == before
-    assert len(list(kept.folder.glob("*.json"))) == 2 * before
+    runs = RunFolder(tmp_path / "runs")
+    work(ToyWorker(tmp_path), runs, QUIET)
+    before = len(list(runs.path.glob("*.json")))
+    assert work(ToyWorker(tmp_path, passes=2), runs, QUIET) == before
+    assert len(list(runs.path.glob("*.json"))) == 2 * before
 
 
 def test_a_new_arm_leaves_the_others_as_they_are(tmp_path):
-    kept = KeptRuns(tmp_path / "runs")
-    work(ToyWorker(tmp_path), kept, QUIET)
+    runs = RunFolder(tmp_path / "runs")
+    work(ToyWorker(tmp_path), runs, QUIET)
     more = ToyWorker(tmp_path, arms=["single", "mix", "wide", "mole", "mole_frozen"])
-    work(more, kept, QUIET)
+    work(more, runs, QUIET)
     assert {job.arm.name for job in more.jobs} == {"mole_frozen"}
 
 
 def test_time_that_is_over_stops_before_a_run(tmp_path):
     worker = ToyWorker(tmp_path)
-    assert work(worker, KeptRuns(tmp_path / "runs"), QUIET, limit_minutes=1e-9) == 0
-    assert report(worker.study, KeptRuns(tmp_path / "runs"), QUIET) is None
+    assert work(worker, RunFolder(tmp_path / "runs"), QUIET, limit_minutes=1e-9) == 0
+    assert report(worker.study, RunFolder(tmp_path / "runs"), QUIET) is None
 
 
 class LoggedWorker(ToyWorker):
@@ -118,7 +118,7 @@ class LoggedWorker(ToyWorker):
 
 def share(folder: Path) -> None:
     """One of several processes."""
-    work(LoggedWorker(folder), KeptRuns(folder / "runs"), QUIET)
+    work(LoggedWorker(folder), RunFolder(folder / "runs"), QUIET)
 
 
 def test_two_processes_share_the_work_and_do_nothing_twice(tmp_path):
@@ -137,7 +137,7 @@ def test_two_processes_share_the_work_and_do_nothing_twice(tmp_path):
 
 def hang(folder: Path) -> None:
     """Claims a run and never ends it."""
-    with KeptRuns(folder / "runs").claim("run") as mine:
+    with RunFolder(folder / "runs").claim("run", "a recipe") as mine:
         (folder / "claimed").write_text(str(mine))
         time.sleep(60)
 
@@ -147,13 +147,13 @@ def test_a_run_whose_process_was_killed_is_free_again(tmp_path):
     process.start()
     while not (tmp_path / "claimed").exists():
         time.sleep(0.01)
-    kept = KeptRuns(tmp_path / "runs")
-    with kept.claim("run") as mine:
+    runs = RunFolder(tmp_path / "runs")
+    with runs.claim("run", "a recipe") as mine:
         assert not mine
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    with kept.claim("run") as mine:
+    with runs.claim("run", "a recipe") as mine:
         assert mine
-        kept.keep("run", {}, {})
-    with kept.claim("run") as mine:
+        runs.write("run", {"recipe": "a recipe"})
+    with runs.claim("run", "a recipe") as mine:
         assert not mine  # finished

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from studies.conflict.config import ConflictConfig, load_conflict_config
+from studies.conflict.study import Job, Study
 from tests.tiny import tiny_image
-from train.conflict.config import ConflictConfig, load_conflict_config
-from train.conflict.study import Job, Study
 
 DOMAIN_N = np.repeat(["document", "general"], 24)
 PICTURE_N = np.arange(48) // 2
@@ -39,7 +39,7 @@ def toy_config(folder: Path, **run: object) -> ConflictConfig:
 
 
 class ToyWorker:
-    """Stands for `train.conflict.work.Worker`: an arm's answers are right as often as SHARES has it, better at 1e-2."""
+    """Stands for `work.Worker`: an arm's answers are right as often as SHARES has it, better at 1e-2."""
 
     def __init__(self, folder: Path, shares: dict[str, float] = SHARES, **run: object) -> None:
         self.study, self.shares, self.jobs = Study(toy_config(folder, **run), FACTS), shares, []
