@@ -53,11 +53,12 @@ class RunFolder:
 
     path: Path
 
-    def record(self, name: str, recipe: Any) -> Record | None:
-        """The record of a run; None where it was not finished, or by another recipe."""
+    def record(self, name: str, recipe: Any = None) -> Record | None:
+        """The record of a run; None where it was not finished, or not by this recipe, if one is given."""
         path = self.path / f"{name}.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return record if record and record["recipe"] == json.loads(json.dumps(recipe)) else None
+        same = recipe is None or (record is not None and record["recipe"] == json.loads(json.dumps(recipe)))
+        return record if same else None
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of a finished run."""
@@ -117,44 +118,36 @@ class Job:
     seed: int
 
 
-class Part(Protocol):
-    """What `PairedSeeds` pairs: a model and data on which arms are compared."""
-
-    name: str
-
-    def recipe_of(self, arm: Any, seed: int) -> str:
-        """A digest of all that the run's figures follow from."""
-
-
 @dataclass(frozen=True)
 class PairedSeeds:
     """The plan of a study without a sweep: every arm with every seed, seed by seed. Seeds count from 0."""
 
-    part: Part
+    part: str  # begins the names of its runs
     arms: Sequence[Any]
     seeds: int
+    recipe_of: Callable[[Any, int], str]  # a digest of all that a run of this arm and seed follows from
 
     @property
     def size(self) -> int:
         """Jobs in all."""
         return len(self.arms) * self.seeds
 
-    def jobs(self, _: RunFolder) -> Iterator[Job]:
+    def jobs(self, _: RunFolder) -> list[Job]:
         """All of them: none waits for another."""
-        return (Job(arm, seed) for seed in range(self.seeds) for arm in self.arms)
+        return [Job(arm, seed) for seed in range(self.seeds) for arm in self.arms]
 
     def name(self, job: Job) -> str:
         """`<part>-<arm>-s<seed>`."""
-        return f"{self.part.name}-{job.arm.name}-s{job.seed}"
+        return f"{self.part}-{job.arm.name}-s{job.seed}"
 
     def recipe(self, job: Job) -> str:
-        """As the part has it."""
-        return self.part.recipe_of(job.arm, job.seed)
+        """As the study has it."""
+        return self.recipe_of(job.arm, job.seed)
 
     def complete_seeds(self, runs: RunFolder) -> list[int]:
         """The seeds of which every arm is there."""
-        done = {job: record_of(self, job, runs) is not None for job in self.jobs(runs)}
-        return [seed for seed in range(self.seeds) if all(done[Job(arm, seed)] for arm in self.arms)]
+        missing = {job.seed for job in self.jobs(runs) if record_of(self, job, runs) is None}
+        return [seed for seed in range(self.seeds) if seed not in missing]
 
 
 def record_of(plan: Plan[JobT], job: JobT, runs: RunFolder) -> Record | None:

@@ -48,9 +48,7 @@ class Recipe:
         )
 
     @classmethod
-    def of_answers(
-        cls, rows: Sequence[Question], *, split: str, known: Recipe | None = None
-    ) -> Recipe:
+    def of_answers(cls, rows: Sequence[Question], *, split: str, known: Recipe | None = None) -> Recipe:
         """The recipe of answers that are there already; how they were asked, `known` tells as far as it fits."""
         recipe = cls(
             set=", ".join(sorted({row.source for row in rows})),

@@ -25,6 +25,7 @@ from mllm.mole import MoleConfig, routing_context
 from mllm.routing import RoutingStats
 from studies.adamoe.runs import Arm, Measured, Tokens
 from studies.finetune import CachedSet, Schedule, answer_losses, cache, finetune
+from studies.runner import locked
 from train.config import OptimSection
 
 FRAME = {"r": 4, "lora_alpha": 8, "num_experts": 4, "gate": "softmax", "target_modules": [], "modules_to_save": []}
@@ -92,7 +93,8 @@ class AdapterStudy:
     @cached_property
     def prepared(self) -> tuple[LlavaForConditionalGeneration, CachedSet, CachedSet, np.ndarray]:
         """The base, training and test samples with their pictures embedded, and log counts of training tokens."""
-        folder = write(self.data, self.scenes)
+        with locked(self.data.with_suffix(".lock"), wait=True):
+            folder = write(self.data, self.scenes)
         base, processor = load("miniworld", dtype=torch.bfloat16)
         train, test = (cache(base, processor, Source(folder / f"{split}.json")) for split in ("train", "test"))
         return base, train, test, log_frequencies(torch.cat([sample["input_ids"] for sample in train.samples]))

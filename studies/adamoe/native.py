@@ -28,6 +28,7 @@ from mllm.native_moe import add_null_experts, balance_loss, router_parameters, r
 from mllm.routing import RoutingStats
 from studies.adamoe.adapters import joined, log_frequencies, routing_figures
 from studies.adamoe.runs import Arm, Measured, Tokens
+from studies.runner import locked
 
 # 1.71, 1.41 and 1.14 real picks of three where routing is even.
 NULLS = {f"m{m}": {"top_k": 3, "num_null_experts": m} for m in (6, 9, 13)}
@@ -90,16 +91,16 @@ class NativeStudy:
         model = OlmoeForCausalLM._from_config(self.config, experts_implementation="eager")  # the fastest at this size
         recipe = hashlib.sha256(str(self.recipe(ARMS[1], seed)).encode()).hexdigest()[:12]
         path = self.work / f"s{seed}-{recipe}.pt"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            learner = OlmoeForCausalLM._from_config(self.config, experts_implementation="eager")
-            learner.load_state_dict(model.state_dict())
-            add_null_experts(learner, num_null_experts=0)
-            rates = self.lr * np.minimum(1, np.arange(1, self.first_steps + 1) / 20)
-            order = batches(self.windows[0], self.batch_size, self.first_steps, seed)
-            learn(learner, order, rates, self.balance_loss_weight)
-            torch.save(learner.state_dict(), path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+        with locked(path.with_suffix(".lock"), wait=True):
+            if not path.is_file():
+                learner = OlmoeForCausalLM._from_config(self.config, experts_implementation="eager")
+                learner.load_state_dict(model.state_dict())
+                add_null_experts(learner, num_null_experts=0)
+                rates = self.lr * np.minimum(1, np.arange(1, self.first_steps + 1) / 20)
+                order = batches(self.windows[0], self.batch_size, self.first_steps, seed)
+                learn(learner, order, rates, self.balance_loss_weight)
+                torch.save(learner.state_dict(), path.with_suffix(".part"))
+                os.replace(path.with_suffix(".part"), path)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
 

@@ -23,7 +23,8 @@ from studies.adamoe.analysis import (
     holm,
     loss_at_load,
 )
-from studies.adamoe.runs import Arm, RunFolder, Study
+from studies.adamoe.runs import Arm, Study, plan_of, tokens_of
+from studies.runner import Job, RunFolder, record_of
 
 CURVE = ("dropping", "top-2")  # what others are measured against: the same model at any load, by chance
 REFERENCE = "top2"
@@ -62,20 +63,22 @@ class PartResult:
     commits: list[str]
 
 
-def read_part(study: Study, runs: RunFolder, seeds: Sequence[int]) -> PartResult | None:
+def read_part(study: Study, runs: RunFolder, seeds: int) -> PartResult | None:
     """The seeds of which every arm is there; None where there is no such seed."""
-    seeds = [seed for seed in seeds if all(runs.is_done(study, arm, seed) for arm in study.arms)]
+    plan = plan_of(study, seeds)
+    seeds = plan.complete_seeds(runs)
     if not seeds:
         return None
-    figures = {arm.name: [runs.figures(study, arm, seed) for seed in seeds] for arm in study.arms}
-    reference = [runs.tokens(study, _arm(study, REFERENCE), seed) for seed in seeds]
+    records = {arm.name: [record_of(plan, Job(arm, seed), runs) for seed in seeds] for arm in study.arms}
+    figures = {arm: [record["figures"] for record in group] for arm, group in records.items()}
+    reference = [tokens_of(study, Job(_arm(study, REFERENCE), seed), runs) for seed in seeds]
     curve = [arm.name for arm in study.arms if arm.family in CURVE]
     results = []
     for arm in study.arms:
         distance_S, loss_S, frequency_S = [], [], []
         for s, seed in enumerate(seeds):
             points = [(figures[name][s]["load"], figures[name][s]["loss"]) for name in curve]
-            mine, tokens = figures[arm.name][s], runs.tokens(study, arm, seed)
+            mine, tokens = figures[arm.name][s], tokens_of(study, Job(arm, seed), runs)
             distance_S.append(mine["loss"] - loss_at_load(*zip(*points, strict=True), mine["load"]))
             taken_N = experts_over_layers(tokens.real_picks_NL)
             loss_S.append(correlation(taken_N, reference[s].loss_N, tokens.position_N))
@@ -91,7 +94,7 @@ def read_part(study: Study, runs: RunFolder, seeds: Sequence[int]) -> PartResult
     named = {arm.family for arm in study.arms}
     families = {family: _family_estimate(results, family) for family in PRIMARY if family in named}
     adjusted = holm({family: each.p for family, each in families.items()})
-    commits = {runs.record(study, arm, seed)["made"]["commit"] for arm in study.arms for seed in seeds}
+    commits = {record["made"]["commit"] for group in records.values() for record in group}
     return PartResult(study.part, seeds, results, families, adjusted, sorted(commits))
 
 

@@ -1,17 +1,18 @@
-"""One trained arm, what was measured of it, and the folder that keeps both so that a study can go on where it stopped.
+"""One trained arm, what was measured of it, and how the runner trains and keeps them.
 
 N scored tokens, L routed layers.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+from rich.console import Console
 
-from mllm.provenance import provenance
-from train import kept
+from studies.runner import Job, PairedSeeds, RunFolder, digest, run_all
 
 
 @dataclass(frozen=True)
@@ -48,62 +49,49 @@ class Study(Protocol):
     arms: Sequence[Arm]
 
     def recipe(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """All that a run's figures follow from, as JSON values; a run kept under another recipe does not count."""
+        """All that a run's figures follow from, as JSON values; a run made by another recipe does not count."""
 
     def prepare(self) -> None:
-        """Do what all runs need, so that a run's time is its own."""
+        """Do, once, what all runs need, so that a run's time is its own."""
 
     def run(self, arm: Arm, seed: int) -> Measured:
         """Train the arm and measure it on held-out data."""
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """`<part>-<arm>-s<seed>.json` with the figures, and `.npz` beside it with the tokens."""
-
-    folder: Path
-
-    def is_done(self, study: Study, arm: Arm, seed: int) -> bool:
-        """Whether the run is there, and was made by the same recipe."""
-        record = self._runs.read(_name(study, arm, seed))
-        return record is not None and record["recipe"] == digest(study, arm, seed)
-
-    def keep(self, study: Study, arm: Arm, seed: int, measured: Measured, seconds: float) -> None:
-        """Writes the run, whole or not at all."""
-        record = {
-            "recipe": digest(study, arm, seed),
-            "part": study.part,
-            "arm": asdict(arm),
-            "seed": seed,
-            "settings": study.recipe(arm, seed),
-            "figures": measured.figures,
-            "processor_seconds": round(seconds, 1),
-            "made": provenance(),
-        }
-        self._runs.keep(_name(study, arm, seed), record, asdict(measured.tokens))
-
-    def figures(self, study: Study, arm: Arm, seed: int) -> dict[str, float]:
-        """What was measured."""
-        return self.record(study, arm, seed)["figures"]
-
-    def record(self, study: Study, arm: Arm, seed: int) -> dict[str, Any]:
-        """Everything about a finished run but its tokens."""
-        return self._runs.read(_name(study, arm, seed))
-
-    def tokens(self, study: Study, arm: Arm, seed: int) -> Tokens:
-        """The tokens of a run."""
-        arrays = self._runs.arrays(_name(study, arm, seed))
-        return Tokens(**{each.name: arrays[each.name] for each in fields(Tokens)})
-
-    @property
-    def _runs(self) -> kept.KeptRuns:
-        return kept.KeptRuns(self.folder)
+def plan_of(study: Study, seeds: int) -> PairedSeeds:
+    """Every arm of the part with every seed."""
+    return PairedSeeds(
+        study.part, study.arms, seeds, lambda arm, seed: digest([study.recipe(arm, seed), arm.settings, seed])
+    )
 
 
-def _name(study: Study, arm: Arm, seed: int) -> str:
-    return f"{study.part}-{arm.name}-s{seed}"
+def run_part(study: Study, runs: RunFolder, seeds: int, console: Console, *, limit_minutes: float | None = None) -> int:
+    """Runs what is not there yet; see `run_all`."""
+    return run_all(
+        plan_of(study, seeds), partial(_run, study), runs, console, describe=_describe, limit_minutes=limit_minutes
+    )
 
 
-def digest(study: Study, arm: Arm, seed: int) -> str:
-    """A short name of the recipe."""
-    return kept.digest([study.recipe(arm, seed), arm.settings, seed])
+def _run(study: Study, job: Job) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    study.prepare()
+    clock = time.process_time()
+    measured = study.run(job.arm, job.seed)
+    record = {
+        "part": study.part,
+        "arm": asdict(job.arm),
+        "seed": job.seed,
+        "settings": study.recipe(job.arm, job.seed),
+        "figures": measured.figures,
+        "processor_seconds": round(time.process_time() - clock, 1),
+    }
+    return record, asdict(measured.tokens)
+
+
+def _describe(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {record['figures'][name]:.4f}" for name in ("load", "loss", "right"))
+
+
+def tokens_of(study: Study, job: Job, runs: RunFolder) -> Tokens:
+    """The tokens of a finished run."""
+    arrays = runs.arrays(plan_of(study, 0).name(job))
+    return Tokens(**{each.name: arrays[each.name] for each in fields(Tokens)})

@@ -22,5 +22,5 @@ third of them high rates look too good. Figures are of the test split. Claims to
 image for 4t4i, 3.0 for 8x; and that agnostic routing is better (2504.07951). All arms norm the input of a block
 ("pre"): the post-norm would cancel the gate of a lone pick, and a norm of each expert's output makes a token's change
 as large as its number of experts; both learn half as fast at these sizes. An arm of its own has MoMa's post-norm. Runs
-made by the same recipe are kept, and several processes share what is left.
+made by the same recipe are not made again, and several processes share what is left.
 """

@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +17,7 @@ from mllm.provenance import provenance
 from studies.moma.analysis import analyse, as_markdown, contrasts
 from studies.moma.arms import ARMS, DENSE
 from studies.moma.picture import draw
-from studies.moma.runs import Study
+from studies.moma.runs import Study, SweepThenSeeds, run_study
 from studies.moma.speed import as_table, measure
 from studies.runner import RESULTS
 
@@ -59,25 +58,8 @@ def main(
         Console().print(as_table(by_rows, study.scale.length))
     elif not report_only:
         study.prepare()
-        carry_out(study, arms, seeds, main_seeds, limit_seconds=60 * limit_minutes)
+        run_study(SweepThenSeeds(study, arms, seeds, main_seeds), Console(), limit_minutes=limit_minutes)
     report(study, arms, max(seeds, main_seeds))
-
-
-def carry_out(study: Study, arms: list[str], seeds: int, main_seeds: int, *, limit_seconds: float) -> None:
-    """All runs that are due, but for those that another process is at; again, until it finds nothing to do."""
-    began, longest, made = time.monotonic(), 0.0, True
-    while made:
-        made = False
-        for run in study.due(arms, seeds, main_seeds):
-            started = time.monotonic()
-            if started - began + longest > limit_seconds:
-                print("time is over; the same command goes on")
-                return
-            record = study.carry_out(run)
-            if record is not None:
-                made, longest = True, max(longest, time.monotonic() - started)
-                loss = record["curve"][-1]["losses"]["all"]
-                print(f"{run.name}: causal loss {loss:.4f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
 def report(study: Study, arms: list[str], seeds: int) -> None:

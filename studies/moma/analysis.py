@@ -95,9 +95,9 @@ def _pair(study: Study, arm: str, seed: int) -> tuple[dict, dict] | None:
 
 
 def _record(study: Study, arm: str, seed: int) -> dict | None:
-    """A kept run, its losses with their balanced mean."""
+    """A finished run, its losses with their balanced mean."""
     rate = study.rate_of(arm)
-    record = study.kept(Run(arm, rate, seed, "test")) if rate is not None else None
+    record = study.record(Run(arm, rate, seed, "test")) if rate is not None else None
     if record:
         for losses in [*(point["losses"] for point in record["curve"]), *record["final"].values()]:
             if all(direction in losses for direction in DIRECTIONS):

@@ -23,7 +23,7 @@ def draw(study: Study, results: dict[str, dict], path: Path) -> None:
     figure = Figure(figsize=(13, 1.6 + 0.36 * len(results)), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 1 + len(measures), width_ratios=[2.2] + [1] * len(measures))
     for number, arm in enumerate(results):
-        runs = [study.kept(Run(arm, results[arm]["rate"], seed, "test")) for seed in results[arm]["seeds"]]
+        runs = [study.record(Run(arm, results[arm]["rate"], seed, "test")) for seed in results[arm]["seeds"]]
         flops = [point["flops"] for point in runs[0]["curve"]]
         losses = np.mean([[point["losses"]["all"] for point in run["curve"]] for run in runs], axis=0)
         panels[0].plot(flops, losses, label=arm, lw=1.4, color=colormaps["tab20"](number))

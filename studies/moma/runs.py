@@ -1,26 +1,24 @@
-"""One training of the study, and the folder that keeps what was measured."""
+"""One training of the study, and the plan of all of them."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
 from mllm.moma import MomaForCausalLM
 from mllm.moma.cost import head_flops, moma_cost
 from mllm.moma.scoring import evaluating, evaluation_modes, held_out_losses
 from mllm.moma.stream import PackedRows, pack
-from mllm.provenance import provenance
 from studies.moma.arms import ARMS, DENSE, MAIN, SCALES, arm_model
-from studies.runner import locked, digest
+from studies.runner import RunFolder, digest, locked, run_all
 from train.moma.config import MomaModelSection, StreamSection
 from train.moma.data import digest as data_digest
 from train.moma.data import held_out_documents, training_rows
@@ -54,6 +52,7 @@ class Study:
     ) -> None:
         """Raises UserError for a folder without a tokenizer, and for a scale without pictures."""
         self.scale, self.folder = SCALES[scale_name], out / scale_name
+        self.runs = RunFolder(self.folder / "runs")
         self.processor = build_processor(MomaModelSection(image_tokenizer=tokenizer))
         self.data = StreamSection(
             miniworld=self.scale.scenes,
@@ -85,15 +84,9 @@ class Study:
         documents = held_out_documents(self.data, self.processor, split)
         return PackedRows(*(np.stack(column) for column in zip(*pack(documents, self.data.length), strict=True)))
 
-    def path(self, run: Run) -> Path:
-        """Where a run is kept."""
-        return self.folder / "runs" / f"{run.name}.json"
-
-    def kept(self, run: Run) -> dict | None:
+    def record(self, run: Run) -> dict | None:
         """What was measured, if it was by this recipe."""
-        path = self.path(run)
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return record if record and record["recipe"] == self.recipe(run) else None
+        return self.runs.record(run.name, self.recipe(run))
 
     def recipe(self, run: Run) -> str:
         """A short name of all that a run's figures follow from."""
@@ -102,40 +95,64 @@ class Study:
             del scale["sweep_steps"]  # a test run is the same however its rate was found
         return digest([scale, ARMS[run.arm], asdict(run), self.data_digest])
 
-    def carry_out(self, run: Run) -> dict | None:
-        """Train, measure, keep; the file appears whole. None where another process is at it."""
-        path = self.path(run)
-        with locked(path.with_suffix(".lock")) as mine:
-            if not mine:
-                return None
-            if there := self.kept(run):
-                return there
-            record = {"recipe": self.recipe(run), "run": asdict(run), **train_arm(self, run), "made": provenance()}
-            draft = path.with_suffix(".part")
-            draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            os.replace(draft, path)
-            path.with_suffix(".lock").unlink(missing_ok=True)
-        return record
-
     def rate_of(self, arm: str) -> float | None:
         """The rate with the lowest final causal loss on the val split; None until all were tried."""
-        tried = {rate: self.kept(Run(arm, rate, SWEEP_SEED, "val")) for rate in self.scale.rates}
+        tried = {rate: self.record(Run(arm, rate, SWEEP_SEED, "val")) for rate in self.scale.rates}
         if not all(tried.values()):
             return None
         return min(tried, key=lambda rate: tried[rate]["curve"][-1]["losses"]["all"])
 
-    def due(self, arms: list[str], seeds: int, main_seeds: int) -> Iterator[Run]:
-        """Runs that are not there: first every arm's rates, then seed by seed, so that what is there is paired.
 
-        Runs whose rate is not chosen yet, since another process is trying it, are passed over.
-        """
-        sweep = [Run(arm, rate, SWEEP_SEED, "val") for arm in arms for rate in self.scale.rates]
-        yield from (run for run in sweep if not self.kept(run))
-        for seed in range(max(seeds, main_seeds)):
-            for arm in arms:
-                rate = self.rate_of(arm) if seed < (main_seeds if arm in (DENSE, MAIN) else seeds) else None
-                if rate is not None and not self.kept(run := Run(arm, rate, seed, "test")):
-                    yield run
+@dataclass(frozen=True)
+class SweepThenSeeds:
+    """The plan: every arm's rates on the val split, then paired seeds at the rate that was best, on the test split."""
+
+    study: Study
+    arms: Sequence[str]
+    seeds: int
+    main_seeds: int  # of dense and 4t4i
+
+    @property
+    def size(self) -> int:
+        """Runs in all."""
+        return len(self.arms) * len(self.study.scale.rates) + sum(self._seeds_of(arm) for arm in self.arms)
+
+    def jobs(self, _: RunFolder) -> list[Run]:
+        """Tests of an arm come once all its rates are tried."""
+        sweep = [Run(arm, rate, SWEEP_SEED, "val") for arm in self.arms for rate in self.study.scale.rates]
+        best = {arm: rate for arm in self.arms if (rate := self.study.rate_of(arm)) is not None}
+        tests = [
+            Run(arm, rate, seed, "test")
+            for seed in range(max(self.seeds, self.main_seeds))
+            for arm, rate in best.items()
+            if seed < self._seeds_of(arm)
+        ]
+        return sweep + tests
+
+    def name(self, run: Run) -> str:
+        """Of its file."""
+        return run.name
+
+    def recipe(self, run: Run) -> str:
+        """As the study has it."""
+        return self.study.recipe(run)
+
+    def _seeds_of(self, arm: str) -> int:
+        return self.main_seeds if arm in (DENSE, MAIN) else self.seeds
+
+
+def run_study(plan: SweepThenSeeds, console: Console, *, limit_minutes: float | None = None) -> int:
+    """Trains and scores what is not there yet; see `run_all`."""
+    study = plan.study
+
+    def run(job: Run) -> tuple[dict[str, Any], None]:
+        return {"run": asdict(job), **train_arm(study, job)}, None
+
+    return run_all(plan, run, study.runs, console, describe=_describe, limit_minutes=limit_minutes)
+
+
+def _describe(record: dict[str, Any]) -> str:
+    return f"causal loss {record['curve'][-1]['losses']['all']:.4f}"
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

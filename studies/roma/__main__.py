@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +20,8 @@ from studies.roma.analysis import WHERE, analyse
 from studies.roma.arms import ARMS, FEW_TRIALS, RIVALS, TRIES, Arm
 from studies.roma.llava import LlavaPart
 from studies.roma.native import MisroutedPart, NativePart
-from studies.roma.runs import Part, RunFolder, run_arm
-from studies.runner import RESULTS, locked
+from studies.roma.runs import finished, run_part
+from studies.runner import RESULTS, RunFolder
 
 PARTS = {"native": ARMS, "misrouted": RIVALS, "miniworld": FEW_TRIALS, "real": FEW_TRIALS}
 NATIVE = {"native": NativePart, "misrouted": MisroutedPart}
@@ -47,38 +46,12 @@ def main(
     runs = RunFolder(out / "runs")
     arms = TRIES if tries else PARTS.get(part, ())
     if part in NATIVE:
-        carry_out(NATIVE[part](), runs, seeds, arms, limit_seconds=60 * limit_minutes)
+        run_part(NATIVE[part](), arms, runs, seeds, console, limit_minutes=limit_minutes)
     elif part != "report":
         if adapter is None or data is None:
             raise typer.BadParameter(f"--part {part} needs --adapter and --data.")
-        carry_out(LlavaPart(part, base, adapter, data), runs, seeds, arms, limit_seconds=60 * limit_minutes)
+        run_part(LlavaPart(part, base, adapter, data), arms, runs, seeds, console, limit_minutes=limit_minutes)
     report(runs, out)
-
-
-def carry_out(part: Part, runs: RunFolder, seeds: int, arms: Sequence[Arm], *, limit_seconds: float) -> int:
-    """Seed by seed, so that what is there when time is over is paired; seeds that another process is at are left to it.
-
-    Returns how many runs were made.
-    """
-    began, made = time.monotonic(), 0
-    for seed in range(seeds):
-        with locked(runs.folder / f"{part.name}-s{seed}.lock") as mine:
-            due = [arm for arm in arms if mine and not runs.is_done(part, arm, seed)]
-            task = part.task(seed) if due else None
-            for left, arm in zip(range(len(due), 0, -1), due, strict=True):
-                started, clock = time.monotonic(), time.process_time()
-                if made and started - began + (started - began) / made > limit_seconds:
-                    console.print(f"Time is over with {left} runs of seed {seed} left; the same command goes on.")
-                    return made
-                measured = run_arm(task, arm, part.sizes, seed)
-                runs.keep(part, arm, seed, task, measured, time.process_time() - clock)
-                made += 1
-                right = measured.scores.exact_N.double().mean().item()
-                console.print(
-                    f"{part.name} {arm.name} seed {seed}: right {100 * right:.2f} %, trial {measured.trial}; "
-                    f"{time.monotonic() - started:.0f} s, {left - 1} left of this seed"
-                )
-    return made
 
 
 def report(runs: RunFolder, out: Path) -> None:
@@ -88,13 +61,15 @@ def report(runs: RunFolder, out: Path) -> None:
         seeds = complete(runs, name, named)
         if seeds:
             figures[name] = analyse(
-                {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in named}
+                {arm.name: [finished(runs, name, arm.name, seed) for seed in sorted(seeds)] for arm in named}
             )
             tables += part_tables(name, figures[name])
         seeds = complete(runs, name, TRIES) & seeds
         if seeds:
             beside = [arm for arm in named if arm.name in ("base", "ce", "true")]
-            arms = {arm.name: [runs.read(name, arm.name, seed) for seed in sorted(seeds)] for arm in (*beside, *TRIES)}
+            arms = {
+                arm.name: [finished(runs, name, arm.name, seed) for seed in sorted(seeds)] for arm in (*beside, *TRIES)
+            }
             figures[f"{name}_tries"] = analyse(arms)
             tables.append(tries_table(name, figures[f"{name}_tries"]))
     if not tables:
@@ -110,7 +85,7 @@ def report(runs: RunFolder, out: Path) -> None:
 
 def complete(runs: RunFolder, part: str, arms: Sequence[Arm]) -> set[int]:
     """Seeds for which every arm is there."""
-    return {seed for seed in range(100) if all(runs.read(part, arm.name, seed) for arm in arms)}
+    return {seed for seed in range(100) if all(runs.record(f"{part}-{arm.name}-s{seed}") for arm in arms)}
 
 
 def part_tables(name: str, figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -14,8 +14,8 @@ class Arm:
     """`settings` are fields of AlignSettings; `pool` says who are neighbours: "true" (the nearest that succeeded),
     "random" (others that succeeded, same weights), "any" (the nearest, successful or not), or "" (none needed).
 
-    `refresh`: who succeeds is asked anew each epoch. `by_family`: λ of a row is in proportion to how much of its family
-    fails, 1 on average.
+    `refresh`: who succeeds is measured anew each epoch. `by_family`: λ of a row is in proportion to how much of its
+    family fails, 1 on average.
     """
 
     name: str

@@ -93,11 +93,12 @@ class LlavaPart:
         first = routed_layers(model, self.sizes.layers)[0].depth
         with locked(self.work / f"{key}.lock", wait=True):
             cache_states(model, whole, folder, first_layer=first, batch_size=32, stamp=key)
-        data, kept = CachedStates(folder, pad_token_id=processor.tokenizer.pad_token_id), folder / "rows.safetensors"
-        if not kept.is_file():
-            succeeded_N = score(model, data).exact_N
-            save_file({"embeddings": base_embeddings(model, whole, batch_size=32), "succeeded": succeeded_N}, kept)
-        tensors = load_file(kept)
+            data = CachedStates(folder, pad_token_id=processor.tokenizer.pad_token_id)
+            path = folder / "rows.safetensors"
+            if not path.is_file():
+                succeeded_N = score(model, data).exact_N
+                save_file({"embeddings": base_embeddings(model, whole, batch_size=32), "succeeded": succeeded_N}, path)
+        tensors = load_file(path)
         return model, data, tensors["embeddings"], tensors["succeeded"]
 
 

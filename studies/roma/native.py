@@ -1,9 +1,10 @@
 """Part native: a small mixture of experts (OLMoE's architecture) that learns twelve families of questions on digits.
 
 A family is a table of its own, looked up by two of three digits, so that what experts keep is knowledge, and it matters
-who is asked: routers thrown off by noise of their own size cost a fifth of what is right. The model learns all
-families; alignment sees nine of them, and the other three, one for each pair of digits, are held out from it. A family
-has four wordings, so that a question's nearest are of its own family and of kindred ones. B batch, S sequence, N rows.
+which experts a router takes: routers thrown off by noise of their own size cost a fifth of what is right. The model
+learns all families; alignment sees nine of them, and the other three, one for each pair of digits, are held out from
+it. A family has four wordings, so that a question's nearest are of its own family and of kindred ones. B batch, S
+sequence, N rows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mllm.alignment.tail import answer_logits
 from mllm.data.template import IGNORED
 from mllm.native_moe import balance_loss
 from studies.roma.runs import Sizes, Task
+from studies.runner import locked
 
 SIZES = Sizes()
 LENGTH = 3  # digits of a question
@@ -78,7 +80,8 @@ class NativePart:
         train, validation, test = self._split(families)
         folder = self.work / f"states-{self._stamp(seed)}"
         first = routed_layers(model, self.sizes.layers)[0].depth
-        cache_states(model, rows, folder, first_layer=first, batch_size=64, stamp=self._stamp(seed))
+        with locked(self.work / f"states-{self._stamp(seed)}.lock", wait=True):
+            cache_states(model, rows, folder, first_layer=first, batch_size=64, stamp=self._stamp(seed))
         embeddings_NM = base_embeddings(model, rows, batch_size=64)
         data = CachedStates(folder, pad_token_id=PAD)
         return Task(
@@ -105,13 +108,13 @@ class NativePart:
         torch.manual_seed(seed)
         model = OlmoeForCausalLM._from_config(self._config, experts_implementation="grouped_mm")
         path = self.work / f"model-{self._stamp(seed)}.safetensors"
-        if path.is_file():
-            load_model(model, path)
-            return prepare(model.eval())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._teach(prepare(model), seed)
-        save_model(model, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with locked(path.with_suffix(".lock"), wait=True):
+            if path.is_file():
+                load_model(model, path)
+                return prepare(model.eval())
+            self._teach(prepare(model), seed)
+            save_model(model, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
         return model.eval()
 
     def _teach(self, model: nn.Module, seed: int) -> None:
@@ -146,7 +149,7 @@ class NativePart:
 class MisroutedPart(NativePart):
     """The control in which there is something to gain: the same models, the routers to be aligned thrown off by noise.
 
-    Experts still know what they knew; only who is asked is wrong.
+    Experts still know what they knew; only the routers' choice is wrong.
     """
 
     noise: float = 1.0  # standard deviation, in units of that of the router's own weights

@@ -1,22 +1,20 @@
-"""One arm for one seed: its trials, the one validation chose, and what that does on test rows; kept so that a study can
-go on where it stopped.
+"""One arm for one seed: its trials, the one validation chose, and what that does on test rows.
 
 N rows, M width of an embedding, R length of a routing vector.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from mllm.alignment import (
@@ -34,9 +32,9 @@ from mllm.alignment import (
 from mllm.alignment.report import consistency
 from mllm.alignment.success import Scores
 from mllm.alignment.vectors import vector_sizes
-from mllm.provenance import provenance
 from studies.roma.arms import Arm
 from studies.roma.lora import train_lora
+from studies.runner import Job, PairedSeeds, RunFolder, digest, run_all
 
 SCORED_AT_ONCE = 128  # rows
 
@@ -81,7 +79,7 @@ class Part(Protocol):
         """All that a run's figures follow from besides arm and seed, as JSON values."""
 
     def task(self, seed: int) -> Task:
-        """The seed's model and rows; made once, kept on disk where it is dear."""
+        """The seed's model and rows; what is dear of it stays on disk, made once by whichever process comes first."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ def _vectors_before(task: Task, aligner: Aligner) -> Tensor:
 def _vectors(task: Task, aligner: Aligner) -> Tensor:
     """Routing of every row, 0 for those that nobody looks at."""
     rows = [*task.train, *task.test]
-    asked_MR = sample_vectors(task.model, task.data, aligner.layers, rows, batch_size=SCORED_AT_ONCE)
-    return asked_MR.new_zeros(len(task.data), asked_MR.shape[1]).index_copy(0, torch.tensor(rows), asked_MR)
+    vectors_MR = sample_vectors(task.model, task.data, aligner.layers, rows, batch_size=SCORED_AT_ONCE)
+    return vectors_MR.new_zeros(len(task.data), vectors_MR.shape[1]).index_copy(0, torch.tensor(rows), vectors_MR)
 
 
 def _neighbours(task: Task, pool: str, sizes: Sizes, seed: int) -> Neighbours:
@@ -196,59 +194,61 @@ def _weighed_by_family(task: Task, neighbours: Neighbours) -> Neighbours:
     return replace(neighbours, weights_NK=neighbours.weights_NK * factors_N[:, None].float())
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- for the runner ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """`<part>-<arm>-s<seed>.json` with the figures, and `.npz` beside it with what every test row got."""
+def run_part(
+    part: Part,
+    arms: Sequence[Arm],
+    runs: RunFolder,
+    seeds: int,
+    console: Console,
+    *,
+    limit_minutes: float | None = None,
+) -> int:
+    """Runs what is not there yet; see `run_all`."""
+    task_of = lru_cache(maxsize=1)(part.task)  # seed by seed: one is looked at at a time
 
-    folder: Path
-
-    def is_done(self, part: Part, arm: Arm, seed: int) -> bool:
-        """Whether the run is there, and was made by the same recipe."""
-        path = self.path(part, arm, seed)
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["recipe"] == digest(part, arm, seed)
-
-    def keep(self, part: Part, arm: Arm, seed: int, task: Task, measured: Measured, seconds: float) -> None:
-        """Writes the run, whole or not at all: the JSON comes last, and by renaming."""
-        path = self.path(part, arm, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def run(job: Job) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        task, clock = task_of(job.seed), time.process_time()
+        measured = run_arm(task, job.arm, part.sizes, job.seed)
         families = np.array([task.family_N[row] for row in task.test])
-        np.savez_compressed(
-            path.with_suffix(".npz"), right=measured.scores.exact_N.numpy(), family=families,
-            loss=measured.scores.loss_N.numpy().astype(np.float32), is_held_out=np.isin(families, task.held_out),
-        )  # fmt: skip
+        arrays = {
+            "right": measured.scores.exact_N.numpy(),
+            "family": families,
+            "loss": measured.scores.loss_N.numpy().astype(np.float32),
+            "is_held_out": np.isin(families, task.held_out),
+        }
         record = {
-            "recipe": digest(part, arm, seed),
             "part": part.name,
-            "arm": asdict(arm),
-            "seed": seed,
+            "arm": asdict(job.arm),
+            "seed": job.seed,
             "settings": part.recipe() | asdict(part.sizes),
             "trial": measured.trial,
             "figures": measured.figures,
-            "processor_seconds": round(seconds, 1),
-            "made": provenance(),
+            "processor_seconds": round(time.process_time() - clock, 1),
         }
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        return record, arrays
 
-    def read(self, part_name: str, arm: str, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """The record and the rows' arrays of a run, None where there is none."""
-        path = self.folder / f"{part_name}-{arm}-s{seed}.json"
-        if not path.is_file():
-            return None
-        with np.load(path.with_suffix(".npz")) as arrays:
-            return json.loads(path.read_text(encoding="utf-8")), dict(arrays)
-
-    def path(self, part: Part, arm: Arm, seed: int) -> Path:
-        """Where a run is kept."""
-        return self.folder / f"{part.name}-{arm.name}-s{seed}.json"
+    plan = PairedSeeds(part.name, arms, seeds, partial(recipe_of, part))
+    return run_all(plan, run, runs, console, describe=_describe, limit_minutes=limit_minutes)
 
 
-def digest(part: Part, arm: Arm, seed: int) -> str:
-    """A short name of the recipe."""
-    asked = {key: value for key, value in asdict(arm).items() if value is not False}
-    recipe = json.dumps([part.recipe(), asdict(part.sizes), asked, seed], sort_keys=True)
-    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
+def _describe(record: dict[str, Any]) -> str:
+    return f"validation loss {record['figures']['validation_loss']:.4f}, trial {record['trial']}"
+
+
+def recipe_of(part: Part, arm: Arm, seed: int) -> str:
+    """A digest of all that a run's figures follow from. Switches that are off count as not there: they came later."""
+    settings = {key: value for key, value in asdict(arm).items() if value is not False}
+    return digest([part.recipe(), asdict(part.sizes), settings, seed])
+
+
+def finished(runs: RunFolder, part: str, arm: str, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """The record and the rows' arrays of a run by any recipe; None where there is none.
+
+    A report needs neither models nor data, from which a part's recipe would follow.
+    """
+    name = f"{part}-{arm}-s{seed}"
+    record = runs.record(name)
+    return None if record is None else (record, runs.arrays(name))

@@ -9,17 +9,18 @@ from rich.console import Console
 
 from mllm.data.sources import Source
 from mllm.mole import MoleConfig
-from studies.adamoe.__main__ import carry_out
 from studies.adamoe.adapters import FRAME, measure
 from studies.adamoe.analysis import correlation, estimate, experts_over_layers, holm, loss_at_load
 from studies.adamoe.native import ARMS, NativeStudy, prose
 from studies.adamoe.report import read_part, write_report
-from studies.adamoe.runs import Arm, Measured, RunFolder, Tokens
-from studies.finetune import Schedule, cache, score_answers, finetune
+from studies.adamoe.runs import Arm, Measured, Tokens, run_part
+from studies.finetune import Schedule, cache, finetune, score_answers
+from studies.runner import RunFolder
 from tests.tiny import tiny_image, tiny_llava
 from train.config import OptimSection
 
 NULL_GAIN = 0.3
+QUIET = Console(quiet=True)
 
 
 class ToyStudy:
@@ -93,23 +94,23 @@ def test_a_layer_that_always_takes_more_does_not_count_for_a_token():
 
 def test_a_stopped_study_goes_on_and_runs_anew_what_another_recipe_made(tmp_path):
     study, runs = ToyStudy(), RunFolder(tmp_path)
-    assert carry_out(study, runs, range(2), limit_seconds=60) == 8
+    assert run_part(study, runs, 2, QUIET) == 8
     (tmp_path / "a-drop15-s1.json").unlink()
-    assert carry_out(study, runs, range(2), limit_seconds=60) == 1
-    assert carry_out(ToyStudy(steps=2), runs, range(2), limit_seconds=60) == 8
-    assert carry_out(ToyStudy(steps=3), runs, range(2), limit_seconds=-1) == 0
+    assert run_part(study, runs, 2, QUIET) == 1
+    assert run_part(ToyStudy(steps=2), runs, 2, QUIET) == 8
+    assert run_part(ToyStudy(steps=3), runs, 2, QUIET, limit_minutes=0) == 0
 
 
 def test_the_report_finds_the_gain_at_equal_load_and_the_tokens_that_took_more(tmp_path):
     study, runs = ToyStudy(), RunFolder(tmp_path / "runs")
-    carry_out(study, runs, range(3), limit_seconds=60)
-    result = read_part(study, runs, range(5))
+    run_part(study, runs, 3, QUIET)
+    result = read_part(study, runs, 5)
     assert result.seeds == [0, 1, 2]
     assert result.families["null"].mean == pytest.approx(-NULL_GAIN - 0.01)
     assert result.holm["null"] < 0.05
     follows = {each.arm.name: each.follows_loss.mean for each in result.arms}
     assert follows["null_m7"] > 0.8 > 0.3 > abs(follows["drop15"])
-    write_report([result], tmp_path, Console(quiet=True))
+    write_report([result], tmp_path, QUIET)
     assert "**null** against random dropping at equal load: better" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["parts"]["a"]["arms"]["top2"]["distance"]["mean"] is None
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
@@ -117,9 +118,9 @@ def test_the_report_finds_the_gain_at_equal_load_and_the_tokens_that_took_more(t
 
 def test_a_seed_with_an_arm_missing_is_not_reported(tmp_path):
     study, runs = ToyStudy(), RunFolder(tmp_path)
-    carry_out(study, runs, range(1), limit_seconds=60)
+    run_part(study, runs, 1, QUIET)
     (tmp_path / "a-null_m7-s0.json").unlink()
-    assert read_part(study, runs, range(1)) is None
+    assert read_part(study, runs, 1) is None
 
 
 def test_no_paragraph_is_both_trained_on_and_tested_on():

@@ -12,7 +12,7 @@ from mllm.data.sources import Source
 from mllm.data.template import ConversationEncoder
 from mllm.generate import answer
 from mllm.mole import MoleConfig
-from studies.finetune import Schedule, answer_losses, cache, score_answers, finetune
+from studies.finetune import Schedule, answer_losses, cache, finetune, score_answers
 from tests.tiny import tiny_image, tiny_llava
 from train.config import OptimSection
 from train.parts import parameter_groups

@@ -3,17 +3,18 @@
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from mllm.moma import MomaForCausalLM
 from studies.moma import arms as all_arms
-from studies.moma.__main__ import carry_out
 from studies.moma.analysis import analyse, as_markdown, contrasts, eta, interval
 from studies.moma.arms import ARMS, SCALES, arm_config
 from studies.moma.picture import draw
-from studies.moma.runs import Run, Study
+from studies.moma.runs import Run, Study, SweepThenSeeds, run_study
 from studies.moma.speed import as_table, measure
-from studies.runner import claimed
 from tests.train.moma_data import write_image_tokenizer
+
+QUIET = Console(quiet=True)
 
 
 def curve(losses, step=100.0):
@@ -61,8 +62,9 @@ def test_the_dense_arm_of_equal_total_size_has_the_weights_of_4t4i(study):
 
 def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(study, monkeypatch):
     arms = ["dense", "4t4i", "token_split"]
-    carry_out(study, arms, 2, 2, limit_seconds=600)
-    assert not list(study.due(arms, 2, 2))
+    plan = SweepThenSeeds(study, arms, 2, 2)
+    assert run_study(plan, QUIET) == plan.size
+    assert run_study(plan, QUIET) == 0
     results = analyse(study, arms, 2)
     assert results["dense"]["eta"]["flops"]["all"] == pytest.approx([1, 1, 1])
     assert results["4t4i"]["seeds"] == [0, 1]
@@ -71,7 +73,7 @@ def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(stud
     assert results["4t4i"]["leaky_gap"]
     assert not results["dense"]["leaky_gap"]
     differences = contrasts(study, 2)
-    ends = [study.kept(Run(arm, 1e-2, 0, "test"))["curve"][-1]["losses"] for arm in ("4t4i", "token_split")]
+    ends = [study.record(Run(arm, 1e-2, 0, "test"))["curve"][-1]["losses"] for arm in ("4t4i", "token_split")]
     low, high = differences["4t4i - token_split"]["all"][1:]
     assert low <= ends[0]["all"] - ends[1]["all"] <= high
     assert results["token_split"]["active"]["token"] == results["token_split"]["parameters"]["active"]
@@ -84,7 +86,7 @@ def test_a_smoke_run_gives_eta_gaps_and_causal_losses_and_is_not_made_twice(stud
     draw(study, results, study.folder / "study.png")
     assert (study.folder / "study.png").stat().st_size > 1000
     monkeypatch.setitem(all_arms.ARMS, "4t4i", {"preset": "4t4i", "norm_position": "post"})
-    assert study.kept(Run("4t4i", 1e-2, 0, "test")) is None  # another recipe
+    assert study.record(Run("4t4i", 1e-2, 0, "test")) is None  # another recipe
 
 
 def test_a_longer_sweep_makes_its_own_runs_void_and_no_test_run(study, monkeypatch):
@@ -103,10 +105,3 @@ def test_speed_is_beside_dense_in_the_same_rounds(study):
     table = as_table({2: speeds}, length=128)
     assert list(table.columns[0].cells) == ["dense", "4t4i"]
     assert next(iter(table.columns[1].cells)).endswith("| +0.0%")
-
-
-def test_a_run_that_another_process_is_at_is_passed_over(study):
-    run = Run("1t1i", 1e-2, 7, "test")
-    with claimed(study.path(run).with_suffix(".lock")):
-        assert study.carry_out(run) is None
-    assert study.kept(run) is None

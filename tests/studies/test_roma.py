@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from mllm.alignment import nearest, routed_layers
 from studies.roma import __main__ as command
@@ -13,8 +14,8 @@ from studies.roma.arms import ARMS, TRIES
 from studies.roma.llava import contents
 from studies.roma.lora import SmallLora
 from studies.roma.native import FAMILIES, HELD_OUT, MisroutedPart, NativePart, questions
-from studies.roma.runs import RunFolder, Sizes, _weighed_by_family, run_arm
-from studies.runner import claimed
+from studies.roma.runs import Sizes, _weighed_by_family, run_arm, run_part
+from studies.runner import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +94,12 @@ def test_lora_has_about_as_many_weights_as_the_routers(task):
 
 def test_a_study_goes_on_where_it_stopped_and_reports(part, task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(NativePart, "task", lambda self, seed: task)
-    runs = RunFolder(tmp_path / "runs")
-    assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e-9) == 1
-    assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 5
-    assert command.carry_out(part, runs, 2, ARMS[:3], limit_seconds=1e9) == 0
-    with claimed(runs.folder / "native-s0.lock"):
-        assert command.carry_out(part, runs, 1, TRIES[:1], limit_seconds=1e9) == 0
-    assert command.carry_out(part, runs, 1, TRIES[:1], limit_seconds=1e9) == 1
+    runs, quiet = RunFolder(tmp_path / "runs"), Console(quiet=True)
+    assert run_part(part, ARMS[:3], runs, 2, quiet, limit_minutes=0) == 0
+    assert run_part(part, ARMS[:3], runs, 2, quiet) == 6
+    (runs.path / "native-ce-s1.json").unlink()
+    assert run_part(part, ARMS[:3], runs, 2, quiet) == 1
+    assert run_part(part, TRIES[:1], runs, 1, quiet) == 1
     monkeypatch.setitem(command.PARTS, "native", ARMS[:2])
     monkeypatch.setattr(command, "TRIES", TRIES[:1])
     command.report(runs, tmp_path)
