@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -133,27 +132,3 @@ def test_two_processes_share_the_work_and_do_nothing_twice(tmp_path):
     assert len(runs) == len(set(runs)) == study.size
     assert len(set(workers)) == 2
     assert not list((tmp_path / "runs").glob("*.lock"))
-
-
-def hang(folder: Path) -> None:
-    """Claims a run and never ends it."""
-    with RunFolder(folder / "runs").claim("run", "a recipe") as mine:
-        (folder / "claimed").write_text(str(mine))
-        time.sleep(60)
-
-
-def test_a_run_whose_process_was_killed_is_free_again(tmp_path):
-    process = FORK.Process(target=hang, args=(tmp_path,))
-    process.start()
-    while not (tmp_path / "claimed").exists():
-        time.sleep(0.01)
-    runs = RunFolder(tmp_path / "runs")
-    with runs.claim("run", "a recipe") as mine:
-        assert not mine
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    with runs.claim("run", "a recipe") as mine:
-        assert mine
-        runs.write("run", {"recipe": "a recipe"})
-    with runs.claim("run", "a recipe") as mine:
-        assert not mine  # finished
