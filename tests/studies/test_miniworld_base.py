@@ -41,23 +41,18 @@ def test_its_tokenizer_writes_any_text(miniworld):
 def test_it_describes_unseen_scenes(miniworld):
     """Most of what the dense captions of unseen scenes list is found; an untrained model finds nothing."""
     model, processor = miniworld
-    encoder = ConversationEncoder(processor)
+    encoder, turns = ConversationEncoder(processor), [Turn("user", "<image>\nDescribe the picture.")]
+    drawn = [draw_scene(domain, "test", index) for index in range(8) for domain in DOMAINS]
+    samples = [encoder.encode_turns(turns, [scene.paint(rng)], where="test") for scene, rng in drawn]
+    batch = Collator(processor, side="left")([sample | {"domain": "", "where": "test"} for sample in samples])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    captions = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     found = []
-    for index in range(8):
-        for domain in DOMAINS:
-            scene, rng = draw_scene(domain, "test", index)
-            turns = [Turn("user", "<image>\nDescribe the picture.")]
-            sample = encoder.encode_turns(turns, [scene.paint(rng)], where="test")
-            batch = Collator(processor, side="left")([sample | {"domain": domain, "where": "test"}])
-            ids = model.generate(
-                **{key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")},
-                max_new_tokens=48,
-                do_sample=False,
-            )
-            caption = processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            told = set(caption.partition(": ")[2].split(", "))
-            listed = scene.caption.partition(": ")[2].split(", ")
-            found.append(sum(fact in told for fact in listed) / len(listed))
+    for (scene, _), caption in zip(drawn, captions, strict=True):
+        named = set(caption.partition(": ")[2].split(", "))
+        listed = scene.caption.partition(": ")[2].split(", ")
+        found.append(sum(fact in named for fact in listed) / len(listed))
     assert sum(found) / len(found) > 0.8
 
 
