@@ -61,7 +61,7 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=HANDED_ON)
 def conflict(context: typer.Context) -> None:
     """Measure what mixing domains costs, and which arm gets it back: mllm conflict conflict_real section.key=value …"""
-    become("train.conflict", *context.args)
+    become("studies.conflict", *context.args)
 
 
 @app.command(context_settings=HANDED_ON)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from studies.conflict.config import load_conflict_config
 from train import stages
 from train.check import check_batch, check_whole_batches
 from train.config import TrainConfig, find_config, load_config
-from train.conflict.config import load_conflict_config
 from train.parts import adapter_config
 
 ROOT = Path(__file__).parent.parent

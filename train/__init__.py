@@ -1,0 +1,1 @@
+"""Training: one stage from one config, on DeepSpeed."""

@@ -18,7 +18,7 @@ Batch = tuple[dict[str, Any], Tensor, list[str]]
 
 
 class AlignmentData(Protocol):
-    """What alignment reads. `train.trial.CachedSet` is one too."""
+    """What alignment reads. `studies.finetune.CachedSet` is one too."""
 
     def __len__(self) -> int: ...
 

@@ -6,15 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mllm.data.conversation import Conversation
 from mllm.evaluation.metrics import DEFAULT_METRIC, SCORER_VERSION
 
-if TYPE_CHECKING:
-    from mllm.evaluation.answers import Answer
-
 SEEN, BLANKED = "seen", "blanked"
+
+
+class Question(Protocol):
+    """What a recipe needs of a row: a `Conversation` has it, and an `Answer`."""
+
+    source: str
+    id: str
+    metric: str | None
+    answers: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +48,7 @@ class Recipe:
         )
 
     @classmethod
-    def of_answers(
-        cls, rows: Sequence[Conversation] | Sequence[Answer], *, split: str, known: Recipe | None = None
-    ) -> Recipe:
+    def of_answers(cls, rows: Sequence[Question], *, split: str, known: Recipe | None = None) -> Recipe:
         """The recipe of answers that are there already; how they were asked, `known` tells as far as it fits."""
         recipe = cls(
             set=", ".join(sorted({row.source for row in rows})),

@@ -6,9 +6,9 @@ import pytest
 
 import train
 from mllm.errors import UserError
+from studies.conflict.config import load_conflict_config
 from train import stages
 from train.config import TrainConfig, load_config
-from train.conflict.config import load_conflict_config
 
 # Stages; the settings of a conflict study are checked beside it.
 FOLDER = Path(train.__file__).parent / "configs"

@@ -105,7 +105,7 @@ def hostile(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("module", ["train.launch", "train", "train.conflict", "demo"])
+@pytest.mark.parametrize("module", ["train.launch", "train", "studies.conflict", "demo"])
 def test_what_lies_in_the_current_folder_is_not_run_in_our_place(module, hostile):
     command = module_command(module, "--help")
     said = subprocess.run(command, cwd=hostile, env=module_environment(), capture_output=True, text=True, check=False)

@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from mllm.errors import UserError
+from studies.conflict.config import ConflictConfig, load_conflict_config
 from train import stages
 from train.config import load_config
-from train.conflict.config import ConflictConfig, load_conflict_config
 from train.fields import kinds_of
 from train.moma.model import moma_config
 from train.parts import adapter_config, make_adapter
