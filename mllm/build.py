@@ -38,6 +38,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from mllm import fetched
 from mllm.errors import UserError
 from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
@@ -146,7 +147,8 @@ def load(
     """Reads a LLaVA and, if given, an adapter trained on it.
 
     Args:
-        path: a folder written by `save_pretrained` (ours or llava-hf's), a hub id, or "miniworld", which comes with us.
+        path: a folder written by `save_pretrained` (ours or llava-hf's), a hub id, "miniworld", which comes with us, or
+            "smol", once it was fetched.
         adapter: a PEFT adapter folder, or one that holds just a trained projector (`projector.safetensors`).
         dtype: by default the one it was saved in, or float32 on a CPU that has no instructions for that.
         device: where to; "auto" spreads the model over all devices there are.
@@ -236,8 +238,11 @@ def _open_tower(
     if isinstance(tower, OpenClipVisionModel):
         config = tower.config
         model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": config.vision_cfg, "quick_gelu": config.quick_gelu}
-        visual, preprocess_cfg = tower.visual, config.preprocess_cfg
-    elif isinstance(tower, tuple):
+        return wrap_visual(
+            tower.visual, model_cfg, preprocess_cfg=config.preprocess_cfg, vision_feature_layer=vision_feature_layer,
+            joined=config.joined or (), patch_size=config.patch_size,
+        )  # fmt: skip
+    if isinstance(tower, tuple):
         clip, given = tower
         visual, model_cfg = getattr(clip, "visual", clip), given.get("model_cfg", given)
         preprocess_cfg = given.get("preprocess_cfg")
@@ -442,7 +447,9 @@ def _check_logits(model: LlavaForConditionalGeneration, language_model: PreTrain
 
 
 def resolve(path: str | Path) -> str:
-    """The folder or hub id behind a name."""
+    """The folder or hub id behind a name. Raises UserError for a base of ours that is not there."""
+    if str(path) in fetched.NAMES:
+        return str(fetched.find(str(path)))
     if str(path) != MINIWORLD:
         return str(path)
     folder = resources.files("mllm") / "assets" / MINIWORLD
@@ -463,7 +470,7 @@ def _load_config(source: str, path: str | Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise UserError(
             f"No such checkpoint: {path}. It is neither a folder written by save_pretrained nor a hub id that can be "
-            f"reached, nor {MINIWORLD!r}. ({_first_line(error)})"
+            f"reached, nor one of {', '.join((MINIWORLD, *fetched.NAMES))}. ({_first_line(error)})"
         ) from error
 
 
