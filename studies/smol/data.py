@@ -1,4 +1,4 @@
-"""Rows, scenes and texts to token ids, once, and to batches in which a picture is read once for all that is asked of it.
+"""Rows, scenes and texts to token ids, once, and to batches that read a picture once for all that is asked of it.
 
 A packed row is a picture's tokens and, behind them, several questions with their answers. Each sees the picture and
 itself, at the positions it would have alone, so the loss is that of as many rows of one question each. P picture

@@ -1,7 +1,6 @@
 """What is trained, on what, for how long. Everything that decides a run stands here."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mllm.fetched import home
 
@@ -60,11 +59,11 @@ ASKED = {
 STAGES = {
     "align": Stage(epochs=1, projector_rate=1e-3, captions=CAPTIONS),
     "instruct": Stage(
-        epochs=3, projector_rate=5e-4, adapter_rate=5e-4, falls=False,
+        epochs=3, projector_rate=5e-4, adapter_rate=8e-4, falls=False,
         captions={source: share / 3 for source, share in CAPTIONS.items()}, questions=ASKED, speech=1.0,
     ),
     "settle": Stage(
-        epochs=0.5, projector_rate=5e-4, adapter_rate=5e-4,
+        epochs=0.3, projector_rate=5e-4, adapter_rate=8e-4,
         captions={source: share / 3 for source, share in CAPTIONS.items()}, questions=ASKED, speech=1.0,
     ),
 }  # fmt: skip

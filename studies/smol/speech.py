@@ -8,16 +8,21 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from studies.smol.plan import ANSWER_TOKENS, HELD_OUT_PROMPTS, PROMPTS, SEED
 
-TOPICS = """rain, the moon, bread, a bicycle, honey bees, chess, coffee, glaciers, the heart, libraries, magnets, maps, music,
-oceans, paper, photosynthesis, pianos, planets, poetry, railways, recycling, rice, rivers, robots, salt, sharks, shadows,
-silk, sleep, snow, soap, spiders, stars, steam engines, sugar, tea, telescopes, tigers, time zones, tomatoes, trees,
-vaccines, volcanoes, water, whales, windmills, winter, wolves, yoga, zoos, airports, algebra, ants, apples, bridges,
-butterflies, candles, castles, clocks, clouds, computers, cotton, dance, deserts, dictionaries, dinosaurs, doctors, dreams,
-earthquakes, elections, electricity, elephants, exercise, farming, fire, football, forests, friendship, gardens, geometry,
-glass, gold, gravity, history, horses, ice cream, insurance, islands, jazz, kindness, kites, languages, lightning, markets,
-milk, mirrors, money, mountains, museums, newspapers, painting, parrots, passwords, penguins, photography, pottery""".replace(
-    "\n", " "
-).split(", ")  # fmt: skip
+TOPICS = (
+    """
+rain, the moon, bread, a bicycle, honey bees, chess, coffee, glaciers, the heart, libraries, magnets, maps,
+music, oceans, paper, photosynthesis, pianos, planets, poetry, railways, recycling, rice, rivers, robots,
+salt, sharks, shadows, silk, sleep, snow, soap, spiders, stars, steam engines, sugar, tea, telescopes, tigers,
+time zones, tomatoes, trees, vaccines, volcanoes, water, whales, windmills, winter, wolves, yoga, zoos,
+airports, algebra, ants, apples, bridges, butterflies, candles, castles, clocks, clouds, computers, cotton,
+dance, deserts, dictionaries, dinosaurs, doctors, dreams, earthquakes, elections, electricity, elephants,
+exercise, farming, fire, football, forests, friendship, gardens, geometry, glass, gold, gravity, history,
+horses, ice cream, insurance, islands, jazz, kindness, kites, languages, lightning, markets, milk, mirrors,
+money, mountains, museums, newspapers, painting, parrots, passwords, penguins, photography, pottery
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 FORMS = (
     "What is interesting about {}?",
     "Explain {} to a child.",

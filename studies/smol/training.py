@@ -111,36 +111,39 @@ def train_stage(
     branches: list[Branch],
     checked: list[Branch],
     folder: Path,
-    minutes: float | None = None,
-) -> bool:
-    """Trains one stage, on from where it was; returns whether it came to its end within `minutes`."""
+    after: int = 0,
+    until: float = math.inf,
+) -> tuple[int, bool]:
+    """Trains one stage, on from where it was, and returns at which step it is and whether that is its end.
+
+    Args:
+        after: at which step the stage before it was; what is kept of one that began elsewhere is not gone on with.
+        until: `time.time()` at which to stop.
+    """
     if stage.adapter_rate:
         learner.add_adapter()
     trained = learner.trained()
-    groups = [
-        {"params": [p for n, p in trained.items() if n.startswith(part)], "rate": top}
-        for part, top in (("projector", stage.projector_rate), ("adapter", stage.adapter_rate))
-    ]
+    highest = {"projector": stage.projector_rate, "adapter": stage.adapter_rate}
+    highest = {part: top for part, top in highest.items() if top}
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.98), weight_decay=0
-    )
+        [{"params": [p for n, p in trained.items() if n.startswith(part)]} for part in highest],
+        lr=0.0, betas=(0.9, 0.98), weight_decay=0,
+    )  # fmt: skip
     plan = [batch for found in epochs(branches, stage, name) for batch in found]
     kept, step, spent = folder / f"{name}.pt", 0, 0.0
-    if kept.exists():
-        saved = torch.load(kept, weights_only=True)
+    saved = torch.load(kept, weights_only=True) if kept.exists() else None
+    if saved is not None and saved["after"] == after:
         put(trained, saved["trained"])
-        if saved["optimizer"]:
-            optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         step, spent = saved["step"], saved["seconds"]
     started = last_kept = time.time()
-    average = None
+    first, average = step, None
 
-    def keep(done: bool) -> None:
+    def keep() -> None:
         part = kept.with_suffix(".part")
-        torch.save(
-            {"trained": {n: p.detach() for n, p in trained.items()}, "optimizer": None if done else optimizer.state_dict(),
-             "step": step, "seconds": spent + time.time() - started, "done": done, "steps": len(plan)}, part,
-        )  # fmt: skip
+        learned = {name: tensor.detach() for name, tensor in trained.items()}
+        facts = {"step": step, "steps": len(plan), "after": after, "seconds": spent + time.time() - started}
+        torch.save({"trained": learned, "optimizer": optimizer.state_dict(), **facts}, part)
         os.replace(part, kept)
 
     with Progress(
@@ -149,8 +152,8 @@ def train_stage(
     ) as bar:  # fmt: skip
         task = bar.add_task(name, total=len(plan), completed=step, status="")
         while step < len(plan):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * rate(step, len(plan), stage)
+            for group, top in zip(optimizer.param_groups, highest.values(), strict=True):
+                group["lr"] = top * rate(step, len(plan), stage)
             _, losses, batch = learner.run(plan[step])
             weights = batch["weights"][batch["labels"] != IGNORED]
             loss = (losses * weights).sum() / weights.sum()
@@ -162,24 +165,24 @@ def train_stage(
             average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
             bar.update(task, advance=1, status=f"loss {average:.3f}")
             if step % 10 == 0:
+                pace = (time.time() - started) / (step - first)
                 log(
                     folder,
                     stage=name,
-                    step=step,
-                    of=len(plan),
+                    step=f"{step} of {len(plan)}",
                     loss=round(average, 4),
-                    seconds=round(time.time() - started + spent),
+                    seconds_a_step=round(pace, 1),
+                    minutes_left=round(pace * (len(plan) - step) / 60),
                 )
             if step % CHECKED_EVERY == 0 or step == len(plan):
                 log(folder, stage=name, step=step, checked=check(learner, checked))
             if time.time() - last_kept > KEPT_EVERY:
-                keep(False)
+                keep()
                 last_kept = time.time()
-            if minutes is not None and time.time() - started > 60 * minutes:
-                keep(step == len(plan))
-                return step == len(plan)
-    keep(True)
-    return True
+            if time.time() > until:
+                break
+    keep()
+    return step, step == len(plan)
 
 
 def put(trained: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

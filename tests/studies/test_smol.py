@@ -1,6 +1,7 @@
 """The recipe of `smol`: packing changes no loss, a cut-off stage goes on exactly, and licences are kept."""
 
 import json
+import math
 from dataclasses import replace
 from random import Random
 
@@ -23,7 +24,9 @@ class TinyFeatures:
     """The tower's own features of the three pictures, as LLaVA reads them; not standardised."""
 
     def __init__(self, model, processor):
-        pixels = [processor.image_processor([tiny_image(c)], return_tensors="pt")["pixel_values"] for c in COLOURS.values()]
+        pixels = [
+            processor.image_processor([tiny_image(c)], return_tensors="pt")["pixel_values"] for c in COLOURS.values()
+        ]
         with torch.no_grad():
             states = model.model.vision_tower(torch.cat(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
         self.found = dict(zip(COLOURS, states, strict=True))
@@ -86,23 +89,32 @@ def test_epochs_of_a_part_take_other_branches_in_turn(tiny):
 
 
 def test_a_stage_cut_off_and_taken_up_ends_as_one_that_ran_through(tmp_path, monkeypatch):
-    def learned(folder, minutes):
+    def learned(folder, until):
         model, processor = tiny_llava()
         encode = Encoder(processor)
-        branches = [encode(f"What {n}?", "red", picture=k, source="made", kind="question") for k in COLOURS for n in "xyz"]
+        branches = [
+            encode(f"What {n}?", "red", picture=k, source="made", kind="question") for k in COLOURS for n in "xyz"
+        ]
         learner = Learner(model, TinyFeatures(model, processor), processor.tokenizer.pad_token_id)
         torch.manual_seed(0)
-        done = train_stage(learner, "instruct", stage(epochs=2), branches, [], folder, minutes)
+        _, done = train_stage(learner, "instruct", stage(epochs=2), branches, [], folder, until=until)
         return done, {name: tensor.detach().clone() for name, tensor in learner.trained().items()}
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    _, whole = learned(tmp_path / "whole", None)
+    _, whole = learned(tmp_path / "whole", math.inf)
     tries = 1
     while not (result := learned(tmp_path / "parts", 0))[0]:
         tries += 1
     assert tries > 2
     assert all(torch.equal(tensor, result[1][name]) for name, tensor in whole.items())
+
+
+def test_a_stage_whose_predecessor_went_on_begins_anew(tiny, tmp_path):
+    learner, branches, _ = tiny
+    steps, _ = train_stage(learner, "settle", stage(), branches, [], tmp_path, after=1)
+    assert train_stage(learner, "settle", stage(), branches, [], tmp_path, after=1, until=0) == (steps, True)
+    assert train_stage(learner, "settle", stage(), branches, [], tmp_path, after=2, until=0) == (1, False)
 
 
 def test_training_changes_the_projector_and_the_adapter_alone(tiny, tmp_path):
@@ -118,7 +130,13 @@ def test_training_changes_the_projector_and_the_adapter_alone(tiny, tmp_path):
 def test_photos_whose_licence_forbids_commerce_are_left_out(tmp_path):
     def row(image, source, **meta):
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
-        return {"image": image, "source": source, "qtype": "x", "conversations": turns, **({"meta": meta} if meta else {})}
+        return {
+            "image": image,
+            "source": source,
+            "qtype": "x",
+            "conversations": turns,
+            **({"meta": meta} if meta else {}),
+        }
 
     free, paid = row("free.jpg", "coco_mini", licence="CC BY 2.0"), row("nc.jpg", "coco_mini", licence="CC BY-NC 2.0")
     captions = [{**row(r["image"], "coco_mini"), "caption_by": "human"} for r in (free, paid)]
@@ -132,7 +150,7 @@ def test_photos_whose_licence_forbids_commerce_are_left_out(tmp_path):
 
 
 def test_what_is_shipped_is_what_was_trained(tiny, tmp_path):
-    learner, branches, processor = tiny
+    learner, branches, _ = tiny
     features = learner.features
     features.mean, features.std = torch.randn(32), torch.rand(32) + 0.5
     plain = features.found
