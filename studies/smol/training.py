@@ -193,9 +193,17 @@ def put(trained: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def check(learner: Learner, branches: list[Branch]) -> dict[str, dict[str, float]]:
-    """Per source and kind: mean loss of an answer token, and how many answers greedy decoding would give exactly."""
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4))
+def graded(
+    learner: Learner, branches: list[Branch], blank: Tensor | None = None
+) -> Iterator[tuple[Branch, float, bool]]:
+    """Each branch with its loss, summed over the answer's tokens, and whether greedy decoding would give it exactly.
+
+    Args:
+        blank: `[P, D]`, features to show in place of every picture's.
+    """
+    shown = learner.features
+    if blank is not None:
+        learner.features = lambda keys: blank.expand(len(keys), -1, -1)
     with parametrize.cached():
         for rows in batches(pack(branches, Random(SEED)), 4096, Random(SEED)):
             logits, losses, batch = learner.run(rows)
@@ -203,13 +211,23 @@ def check(learner: Learner, branches: list[Branch]) -> dict[str, dict[str, float
             start = 0
             for branch in (branch for row in rows for branch in row):
                 own = slice(start, start + branch.answer)
-                sums[f"{branch.source} {branch.kind}"] += torch.tensor(
-                    [losses[own].sum(), branch.answer, right[own].all(), 1.0]
-                )
+                yield branch, float(losses[own].sum()), bool(right[own].all())
                 start += branch.answer
+    learner.features = shown
+
+
+def check(learner: Learner, branches: list[Branch], blank: Tensor | None = None) -> dict[str, dict[str, float]]:
+    """Per source and kind: mean loss of an answer token, how many answers are exact, and how many there are."""
+    found = defaultdict(list)
+    for branch, loss, exact in graded(learner, branches, blank):
+        found[f"{branch.source} {branch.kind}"].append((loss, branch.answer, exact))
     return {
-        name: {"loss": round(float(s[0] / s[1]), 4), "exact": round(float(s[2] / s[3]), 4), "answers": int(s[3])}
-        for name, s in sorted(sums.items())
+        name: {
+            "loss": round(sum(loss for loss, _, _ in each) / sum(tokens for _, tokens, _ in each), 4),
+            "exact": round(sum(exact for _, _, exact in each) / len(each), 4),
+            "answers": len(each),
+        }
+        for name, each in sorted(found.items())
     }
 
 
