@@ -12,6 +12,7 @@ from mllm.build import load, resolve
 from mllm.data.conversation import Turn
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
+from mllm.evaluate import stamp
 from tests.tiny import tiny_image, tiny_llava
 
 NOT_FETCHED = not (fetched.folder(fetched.SMOL_PARTS) / "config.json").is_file()
@@ -60,6 +61,14 @@ def test_a_fetched_base_is_found_by_name(home):
     fetched.folder("smol").mkdir(parents=True)
     (fetched.folder("smol") / "config.json").write_text("{}")
     assert resolve("smol") == str(fetched.folder("smol"))
+
+
+def test_answers_of_a_base_fetched_anew_are_another_models(home):
+    fetched.folder("smol").mkdir(parents=True)
+    (fetched.folder("smol") / "config.json").write_text("{}")
+    before = stamp("smol", None)
+    (fetched.folder("smol") / "model.safetensors").write_bytes(b"other weights")
+    assert stamp("smol", None) != before
 
 
 def test_other_trained_weights_are_another_folder(home, tmp_path, monkeypatch):
