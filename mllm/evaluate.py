@@ -151,7 +151,7 @@ def template_of(processor: ProcessorMixin) -> str:
 
 
 def stamp(*paths: str | Path | None) -> str:
-    """Changes when a file of these folders, or of a base of ours, does; of a hub id, the name is all there is to go by."""
+    """Changes when a file of these folders or bases does; of a hub id, the name is all there is to go by."""
     folders = [resolve(path) for path in paths if path is not None]
     return digest([path if not Path(path).is_dir() else "", *_file_stamps(Path(path))] for path in folders)
 
