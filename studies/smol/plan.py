@@ -57,13 +57,13 @@ ASKED = {
     "nlvr": 1.0, "pneumonia_mnist": 1.0, "vqa_rad": 1.0, "wtq_tables": 0.25, "miniworld": 0.5,
 }  # fmt: skip
 STAGES = {
-    "align": Stage(epochs=1, projector_rate=1e-3, captions=CAPTIONS),
+    "align": Stage(epochs=0.6, projector_rate=1e-3, captions=CAPTIONS),
     "instruct": Stage(
-        epochs=3, projector_rate=5e-4, adapter_rate=8e-4, falls=False,
+        epochs=3, tokens=1024, projector_rate=5e-4, adapter_rate=8e-4, falls=False,
         captions={source: share / 3 for source, share in CAPTIONS.items()}, questions=ASKED, speech=1.0,
     ),
     "settle": Stage(
-        epochs=0.3, projector_rate=5e-4, adapter_rate=8e-4,
+        epochs=0.3, tokens=1024, projector_rate=5e-4, adapter_rate=8e-4,
         captions={source: share / 3 for source, share in CAPTIONS.items()}, questions=ASKED, speech=1.0,
     ),
 }  # fmt: skip

@@ -182,7 +182,7 @@ def train_stage(
             if time.time() > until:
                 break
     keep()
-    return step, step == len(plan)
+    return step, step >= len(plan)
 
 
 def put(trained: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
