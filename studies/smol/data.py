@@ -24,7 +24,6 @@ from mllm.data.template import IGNORED, ConversationEncoder
 from studies.smol.plan import LICENCES, QUESTIONS, SCENES, SEED, SOURCES, VALIDATION, Stage
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-DESCRIBE = ("Describe the image concisely.", "What is in this picture?", "Describe the picture.")
 LONGEST = 8  # questions packed behind one picture
 
 
