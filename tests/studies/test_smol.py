@@ -10,10 +10,12 @@ import torch
 
 from mllm.data.template import IGNORED
 from mllm.smol import merge_trained
+from studies.smol import words
 from studies.smol.data import Encoder, batches, collate, pack, real_branches, take
 from studies.smol.plan import ALPHA, RANK, Stage
 from studies.smol.shipping import write_trained
 from studies.smol.training import Learner, LowRankLinear, train_stage
+from studies.smol.validation import blind
 from tests.tiny import tiny_image, tiny_llava
 
 COLOURS = {"a": "red", "b": "blue", "c": "green"}
@@ -178,3 +180,35 @@ def test_what_is_shipped_is_what_was_trained(tiny, tmp_path):
         _, losses, _ = shipped.run(pack(branches, Random(0)))
     torch.testing.assert_close(losses, trained, rtol=0.05, atol=0.05)  # kept in bfloat16
     assert (trained - losses).abs().max() < 0.1 * trained.std()
+
+
+def test_words_said_of_nearly_every_picture_are_no_target(tiny, monkeypatch):
+    monkeypatch.setattr(words, "COMMON", 0.5)
+    _, _, processor = tiny
+    encode = Encoder(processor)
+    captions = {"a": "red square", "b": "three square", "c": "total square"}
+    branches = [encode("What?", text, picture=key, source="made", kind="caption") for key, text in captions.items()]
+    first = {word: processor.tokenizer(f" {word}")["input_ids"][0] for word in ("red", "square")}
+    targets = words.said(branches, processor.tokenizer)
+    assert all(first["square"] not in tokens for tokens in targets.values())
+    assert first["red"] in targets["a"]
+
+
+def test_the_start_by_words_learns_which_are_said(tiny, monkeypatch):
+    monkeypatch.setattr(words, "COMMON", 0.5)
+    learner, _, processor = tiny
+    encode = Encoder(processor)
+    said = zip(COLOURS, ("red", "three", "total"), strict=True)
+    branches = [encode("What?", word, picture=key, source="made", kind="caption") for key, word in said]
+    losses = [words.start_projector(learner, branches, processor.tokenizer, steps=steps) for steps in (1, 40)]
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_a_blind_guess_is_the_commonest_answer_to_that_type_of_question(tiny):
+    encode = Encoder(tiny[2])
+
+    def asked(qtype, *answers):
+        return [encode("What?", a, picture="a", source="made", kind="question", qtype=qtype) for a in answers]
+
+    known = asked("colour", "red", "red", "blue") + asked("count", "three")
+    assert blind(known, asked("colour", "red", "blue", "red") + asked("count", "three")) == {"made": 0.75}
