@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import timm
 import torch
+from peft import get_peft_model
 
 from mllm import fetched, smol
 from mllm.build import load, resolve
@@ -13,6 +14,7 @@ from mllm.data.conversation import Turn
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.evaluate import stamp
+from mllm.mole import MoleConfig
 from tests.tiny import tiny_image, tiny_llava
 
 NOT_FETCHED = not (fetched.folder(fetched.SMOL_PARTS) / "config.json").is_file()
@@ -167,3 +169,16 @@ def test_the_parts_speak_english_and_give_36_tokens_a_picture():
     seen = encoder.encode_turns([Turn("user", "<image>\nWhat?")], [tiny_image()], where="here")
     assert (seen["input_ids"] == processor.image_token_id).sum() == 36
     assert model(seen["input_ids"][None], pixel_values=seen["pixel_values"]).logits.isfinite().all()
+
+
+@needs_parts
+def test_experts_learn_on_the_parts_as_on_any_base():
+    model, processor = load("smol-parts")
+    turns = [Turn("user", "<image>\nWhat colour?"), Turn("assistant", "red")]
+    sample = ConversationEncoder(processor).encode_turns(turns, [tiny_image()], where="here")
+    batch = {key: sample[key][None] for key in ("input_ids", "labels", "attention_mask")}
+    adapted = get_peft_model(model, MoleConfig(r=2, num_experts=2))
+    adapted(**batch, pixel_values=sample["pixel_values"]).loss.backward()
+    experts = [p for name, p in adapted.named_parameters() if name.endswith("mole_experts.default.B")]
+    assert len(experts) == 3 * 30
+    assert all(parameter.grad.abs().sum() > 0 for parameter in experts)
