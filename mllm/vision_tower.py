@@ -6,7 +6,8 @@ checkpoint needs neither open_clip's weights nor a network. Importing this modul
 
 N images, P patches, D width. Hidden states are numbered as in transformers' CLIP: 0 is what enters the first block,
 i > 0 is the output of block i - 1, so -2 is the second-last block. A convolutional tower has stages instead: hidden
-state i is stage i, flattened row by row.
+state i is stage i, flattened row by row. Its stages have grids of different sizes; `joined` brings several onto one,
+as one more hidden state, the last.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -47,6 +49,9 @@ class OpenClipVisionConfig(PreTrainedConfig):
         has_class_token: whether hidden states begin with a class token, as those of transformers' CLIP do.
         preprocess_cfg: open_clip's own dictionary of how pictures were prepared in pre-training: `mean` and `std` of
             pixels in 0..1 per channel, `interpolation` ("bicubic" …), `resize_mode` ("shortest", "longest", "squash").
+        joined: of a convolutional tower, `[stage, side]` pairs that make one more hidden state. Of each, `side` x
+            `side` averages over a patch of `patch_size` pixels become channels of that patch. The stage is a number, or
+            "final" for what the trunk makes of its last stage (timm's `conv_head`).
     """
 
     model_type = "open_clip_vision"
@@ -61,6 +66,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     has_class_token: bool = True
     preprocess_cfg: dict[str, Any] | None = None
+    joined: list[list[int | str]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_cfg = {**(self.vision_cfg or {}), **_SWITCHED_OFF}
@@ -154,7 +160,7 @@ class OpenClipVisionModel(PreTrainedModel):
             `last_hidden_state`, the last block's output before any final norm (None where it was not asked for), and
             `hidden_states`, each `(N, [1 +] P, D)`.
         """
-        num_states = self.config.num_hidden_layers + (self._blocks is not None)
+        num_states = self.config.num_hidden_layers + (self._blocks is not None or bool(self.config.joined))
         only_last = output_hidden_states is None or output_hidden_states is False
         if only_last:
             asked = {num_states - 1}
@@ -172,8 +178,11 @@ class OpenClipVisionModel(PreTrainedModel):
 
     def _states(self, pixel_values: Tensor, asked: set[int]) -> dict[int, Tensor]:
         if self._blocks is None:
-            layers = sorted(asked)
-            return dict(zip(layers, self._layers(pixel_values, layers), strict=True))
+            stages = sorted(asked - {self.config.num_hidden_layers})
+            states = dict(zip(stages, self._layers(pixel_values, stages), strict=True)) if stages else {}
+            if self.config.num_hidden_layers in asked:
+                states[self.config.num_hidden_layers] = self._joined(pixel_values)
+            return states
 
         first_input: list[Tensor] = []
         handle = self._blocks[0].register_forward_pre_hook(lambda _, args: first_input.append(args[0]))
@@ -188,6 +197,18 @@ class OpenClipVisionModel(PreTrainedModel):
             class_token, patches = first_input[0][:, : self.config.has_class_token], first_input[0][:, -num_patches:]
             states[0] = torch.cat([class_token, patches], dim=1)
         return {index: states[index] for index in asked}
+
+    def _joined(self, pixel_values: Tensor) -> Tensor:
+        """The stages of `joined` on one grid, `(N, P, D)`."""
+        stages = sorted({stage for stage, _ in self.config.joined if stage != "final"})
+        final, found = self._trunk(pixel_values, indices=stages)
+        maps = {**dict(zip(stages, found, strict=True)), "final": final}
+        rows, columns = (side // self.config.patch_size for side in pixel_values.shape[-2:])
+        folded = [
+            F.pixel_unshuffle(F.adaptive_avg_pool2d(maps[stage], (rows * side, columns * side)), side)
+            for stage, side in self.config.joined
+        ]
+        return torch.cat(folded, dim=1).flatten(2).transpose(1, 2)
 
     def _layers(self, pixel_values: Tensor, layers: list[int]) -> list[Tensor]:
         """The outputs of these blocks or stages, each `(N, [1 +] P, D)`."""
@@ -219,6 +240,8 @@ def wrap_visual(
     *,
     preprocess_cfg: dict[str, Any] | None = None,
     vision_feature_layer: int | list[int] = -2,
+    joined: Sequence[tuple[int | str, int]] = (),
+    patch_size: int | None = None,
 ) -> OpenClipVisionModel:
     """Copies an open_clip tower into an `OpenClipVisionModel`, measuring on one blank image what its config must say.
 
@@ -227,9 +250,11 @@ def wrap_visual(
         model_cfg: the open_clip model config it was built from: `embed_dim`, `vision_cfg`, `quick_gelu`.
         preprocess_cfg: open_clip's; by default the one open_clip left on the tower, then OpenAI's.
         vision_feature_layer: the hidden state(s) LLaVA will read; decides `hidden_size` and `patch_size`.
+        joined: see `OpenClipVisionConfig`; LLaVA then reads the joined state, -1, whatever `vision_feature_layer` says.
+        patch_size: pixels a side of a joined feature.
 
     Raises:
-        UserError: the tower takes pictures that are not square.
+        UserError: the tower takes pictures that are not square, or `joined` is given for one that has no stages.
     """
     trunk = getattr(visual, "trunk", visual)
     preprocess_cfg = preprocess_cfg or getattr(visual, "preprocess_cfg", {})
@@ -242,20 +267,37 @@ def wrap_visual(
         maps = visual.eval().forward_intermediates(blank, intermediates_only=True)["image_intermediates"]
     class_token = getattr(trunk, "class_embedding", getattr(trunk, "cls_token", None))  # open_clip's name, timm's name
     layer = vision_feature_layer if isinstance(vision_feature_layer, int) else vision_feature_layer[-1]
+    if joined:
+        _check_joined(joined, patch_size, image_size, num_stages=len(maps))
+        if class_token is not None or not hasattr(visual, "trunk") or hasattr(trunk, "num_prefix_tokens"):
+            raise UserError("`joined` is for timm's convolutional towers; this one has no stages of timm's.")
     config = OpenClipVisionConfig(
         vision_cfg=dict(model_cfg["vision_cfg"]),
         embed_dim=model_cfg["embed_dim"],
         quick_gelu=model_cfg.get("quick_gelu", False),
         image_size=image_size,
-        patch_size=image_size // maps[layer].shape[-1],
+        patch_size=patch_size if joined else image_size // maps[layer].shape[-1],
         hidden_size=maps[layer].shape[1],
         num_hidden_layers=len(maps),
         has_class_token=class_token is not None,
         preprocess_cfg={key: preprocess_cfg[key] for key in _OPENAI_PREPROCESS if key in preprocess_cfg},
     )
+    if joined:
+        config.joined = [list(pair) for pair in joined]
     tower = OpenClipVisionModel(config).to(dtype=pixel.dtype)
     tower.visual.load_state_dict(visual.state_dict())
+    if joined:
+        with torch.no_grad():
+            config.hidden_size = tower.eval()(blank).last_hidden_state.shape[-1]
     return tower.eval()
+
+
+def _check_joined(joined: Sequence[tuple[int | str, int]], patch_size: int | None, side: int, num_stages: int) -> None:
+    unknown = [stage for stage, _ in joined if stage != "final" and stage not in range(num_stages)]
+    if unknown:
+        raise UserError(f"joined: no stage {unknown[0]!r}; the tower has 0 to {num_stages - 1}, and 'final'.")
+    if not patch_size or side % patch_size:
+        raise UserError(f"patch_size {patch_size} must be given with `joined`, and divide the picture's side, {side}.")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

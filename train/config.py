@@ -53,7 +53,7 @@ def usual_dtype() -> Dtype:
 class ModelSection(Section):
     """What is trained, and on which frozen base."""
 
-    path: str  # base model: a llava folder, a hub id such as llava-hf/llava-1.5-7b-hf, or "miniworld"
+    path: str  # base model: a llava folder, a hub id such as llava-hf/llava-1.5-7b-hf, "miniworld", or "smol"
     adapter: dict[str, Any] | None = None  # {type: mole | lora, …}: the rest are fields of MoleConfig / LoraConfig
     start_from: Path | None = (
         None  # folder of an earlier run's adapter: its projector, or a whole adapter to go on with

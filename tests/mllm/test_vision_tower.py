@@ -164,3 +164,47 @@ def test_tower_for_oblong_pictures_is_refused():
     visual = build_visual(OpenClipVisionConfig(embed_dim=32, vision_cfg=cfg["vision_cfg"]))
     with pytest.raises(UserError, match="24, 32"):
         wrap_visual(visual, cfg)
+
+
+@pytest.fixture
+def joined():
+    cfg = timm_cfg("test_efficientnet", 128)
+    visual = build_visual(OpenClipVisionConfig(embed_dim=cfg["embed_dim"], vision_cfg=cfg["vision_cfg"])).eval()
+    return wrap_visual(visual, cfg, joined=[(3, 2), ("final", 1)], patch_size=32)
+
+
+@torch.no_grad()
+def test_joined_stages_lie_on_one_grid_behind_the_single_ones(joined):
+    pixels = pictures(joined)
+    final, stages = joined.visual.trunk.forward_intermediates(pixels)
+    states = joined(pixels, output_hidden_states=True).hidden_states
+    assert len(states) == len(stages) + 1
+    fine, coarse = stages[3], final
+    assert states[-1].shape == (2, 16, joined.config.hidden_size) == (2, 16, 4 * fine.shape[1] + coarse.shape[1])
+    assert fine.shape[-1] == 8
+    assert coarse.shape[-1] == 4
+    second_patch = states[-1][:, 1]
+    torch.testing.assert_close(second_patch[:, : 4 * fine.shape[1]], fine[:, :, :2, 2:4].flatten(1))
+    torch.testing.assert_close(second_patch[:, 4 * fine.shape[1] :], coarse[:, :, 0, 1])
+
+
+@torch.no_grad()
+def test_joined_stages_survive_saving(joined, tmp_path):
+    joined.save_pretrained(tmp_path)
+    again, pixels = AutoModel.from_pretrained(tmp_path).eval(), pictures(joined)
+    torch.testing.assert_close(again(pixels).last_hidden_state, joined(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("test_efficientnet", {"patch_size": 48}, "divide the picture's side, 128"),
+        ("test_efficientnet", {"joined": [(9, 1)]}, "no stage 9"),
+        ("test_vit", {}, "convolutional"),
+    ],
+)
+def test_stages_that_cannot_be_joined_are_told(name, changes, message):
+    cfg = timm_cfg(name, 160 if name == "test_vit" else 128)
+    visual = build_visual(OpenClipVisionConfig(embed_dim=cfg["embed_dim"], vision_cfg=cfg["vision_cfg"])).eval()
+    with pytest.raises(UserError, match=message):
+        wrap_visual(visual, cfg, **{"joined": [(3, 2)], "patch_size": 32, **changes})
