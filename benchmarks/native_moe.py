@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from benchmarks.store import store
-from mllm.native_moe import NullRouter, add_null_experts
+from mllm.mole.native_moe import NullRouter, add_null_experts
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WIDTH, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 512, 1024, 8, 2, 1024

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mllm.provenance import provenance
+from mllm.common.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -28,7 +28,7 @@ from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Question, Spli
 from data_recipes.miniworld.__main__ import recipe_version
 from data_recipes.miniworld.canvas import Colour, tinted
 from data_recipes.miniworld.general import COLOURS, SHAPES
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 CARD = "clashes.json"  # what a folder was drawn with, and the sign that we may replace it
 LOOK_ALIKES = 2

@@ -11,9 +11,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from demo.app import build_app, launch  # imports of seconds, after --help
     from demo.session import ChatSession, load_examples
     from mllm.build import load
-    from mllm.errors import UserError
-    from mllm.generate import KEPT, set_aside
-    from mllm.precision import find_device
+    from mllm.common.errors import UserError
+    from mllm.common.precision import find_device
+    from mllm.inference.generate import KEPT, set_aside
 
     try:
         device = find_device(args.device, key="--device")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from demo.session import ChatSession, Message
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

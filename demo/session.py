@@ -14,11 +14,11 @@ from typing import Any, Literal
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import IMAGE_PLACE
 from mllm.data.images import ImageError, open_image, picture_side
 from mllm.data.sources import Source
-from mllm.errors import UserError
-from mllm.generate import stream
+from mllm.inference.generate import stream
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.moved import find_moved_modules
 
 # Public name -> the module it comes from; a name that is a module's own stands for that module.
 _HOMES = {
@@ -21,7 +22,7 @@ _HOMES = {
     "RoutingObjective": "mllm.mole",
     "build": "mllm.build",
     "load": "mllm.build",
-    "native_moe": "mllm.native_moe",
+    "native_moe": "mllm.mole.native_moe",
     "routing_context": "mllm.mole",
     "routing_loss": "mllm.mole",
     "start_routers": "mllm.mole",
@@ -62,5 +63,6 @@ def _is_the_command() -> bool:
     return Path(sys.argv[0]).name in ("mllm", "mllm.exe") or (sys.argv[0] == "-m" and "mllm.cli" in sys.orig_argv)
 
 
+find_moved_modules()
 if not _is_the_command():
     register()

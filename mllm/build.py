@@ -40,12 +40,12 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from mllm import fetched
+from mllm.bases import fetched
+from mllm.bases.identity import base_module, base_samples, check_start_keeps_base, difference, to_card
+from mllm.common.errors import UserError
+from mllm.common.names import check_keys, few
+from mllm.common.precision import suitable
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
-from mllm.identity import base_module, base_samples, check_start_keeps_base, difference, to_card
-from mllm.names import check_keys, few
-from mllm.precision import suitable
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, wrap_visual
 
 IMAGE_TOKEN = "<image>"

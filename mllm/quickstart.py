@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from mllm.evaluate import Adapter, evaluate_arms
-from mllm.folders import check_writable
-from mllm.start import module_command, module_environment
+from mllm.common.folders import check_writable
+from mllm.common.processes import module_command, module_environment
+from mllm.inference.evaluate import Adapter, evaluate_arms
 
 DOMAINS = ("general", "document", "biomedical")
 SCENES = {"train": 320, "val": 0, "test": 100}  # a domain; two questions each

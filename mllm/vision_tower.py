@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 # Regularisers of contrastive pre-training, and a download. LLaVA needs every patch, and the same ones each time.
 _SWITCHED_OFF = {"patch_dropout": 0.0, "timm_drop": 0.0, "timm_drop_path": None, "timm_model_pretrained": False}

@@ -41,14 +41,14 @@ from transformers import (
 
 from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Scene, draw_scene
 from data_recipes.miniworld.__main__ import write
-from mllm import ranks
 from mllm.build import build
+from mllm.common import ranks
+from mllm.common.precision import has_bf16
+from mllm.common.provenance import provenance
 from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Turn
 from mllm.data.template import IGNORED, ConversationEncoder
-from mllm.evaluate import evaluate_arms
-from mllm.precision import has_bf16
-from mllm.provenance import provenance
+from mllm.inference.evaluate import evaluate_arms
 
 ASSETS, WORK = Path("mllm/assets/miniworld"), Path("runs/miniworld_base")
 VOCABULARY = 2048

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mllm.provenance import provenance
+from mllm.common.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 POLL_SECONDS = 1.0  # between two looks at what another process has finished

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mllm.errors import UserError
+    from mllm.common.errors import UserError
     from train.config import TrainConfig
 
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--local_rank", type=int, help="given by the DeepSpeed launcher")
     options = parser.parse_intermixed_args(arguments)
-    from mllm.errors import UserError  # imports of seconds, after --help
+    from mllm.common.errors import UserError  # imports of seconds, after --help
     from train.config import load_config
 
     join_launcher()
@@ -61,7 +61,7 @@ def join_launcher() -> None:
 
 def train(config: "TrainConfig") -> None:
     """Check, then run; a new folder in which nothing was saved or logged yet does not outlive a mistake in the data."""
-    from mllm.errors import UserError
+    from mllm.common.errors import UserError
     from train.check import CHECKPOINTS
     from train.stages import check, run
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mllm.common.errors import UserError
 from mllm.data.encoded import BadRow
 from mllm.data.mixture import Mixture, most_rows
 from mllm.data.sources import tell_first
-from mllm.errors import UserError
 from train.ranks import barrier
 
 BAD_ROWS = "bad_rows.jsonl"

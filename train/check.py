@@ -8,14 +8,14 @@ import torch
 from peft import PeftConfig
 
 from mllm.build import PROJECTOR_FILE, load_processor, load_window, read_adapter_config
+from mllm.common.errors import UserError
+from mllm.common.folders import check_writable
+from mllm.common.precision import lacks_bf16
 from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.data.sources import tell_first
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
-from mllm.folders import check_writable
 from mllm.mole import MoleConfig
-from mllm.precision import lacks_bf16
 from train.bad_rows import check_limit
 from train.config import RunSection, TrainConfig, read_yaml, renamed
 from train.parts import adapter_config, starts_from_adapter

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from mllm import plain_yaml
-from mllm.errors import UserError
-from mllm.precision import has_bf16
+from mllm.common import plain_yaml
+from mllm.common.errors import UserError
+from mllm.common.precision import has_bf16
+from mllm.data.mixture import Limit
 from train.fields import kinds_of, refuse_mistaken, suggest
 
 CONFIGS = Path(__file__).parent / "configs"  # package data: in a wheel too
@@ -71,7 +72,7 @@ class DataSection(Section):
     max_length: int = Field(2048, ge=8)  # tokens after image places are expanded; a longer sample is `too_long`
     # what to do with rows that cannot be used: null leaves it to the mixture, see mllm/data/mixture.py
     bad_rows: Literal["error", "skip"] | None = None  # skip: another row of the same source takes the place
-    max_bad: int | float | str | None = None  # with skip, how many there may be: a number of rows, or a share (1%)
+    max_bad: Limit | None = None  # with skip, how many there may be: a number of rows, or a share (1%)
     too_long: Literal["error", "skip", "truncate"] | None = None  # truncate: leave out the last turns
     # what "</s>" and other special tokens are in the words of a turn: their characters (text) or the tokens; by default
     # as the adapter started from has it, or else text. Kept with the adapter, for scoring and chat

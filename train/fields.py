@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from mllm.errors import UserError
-from mllm.plain_yaml import EXPONENT
+from mllm.common.errors import UserError
+from mllm.common.plain_yaml import EXPONENT
 
 # What the classes themselves find late or never; they check the others.
 ABOVE_ZERO = (

@@ -28,7 +28,7 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     """
     import torch
 
-    from mllm.start import module_command, module_environment
+    from mllm.common.processes import module_command, module_environment
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = number_of_ranks(num_processes, gpus)
@@ -54,7 +54,7 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
 
 def number_of_ranks(asked: int | None, gpus: int) -> int:
     """Ranks to start. Raises UserError for fewer than one, and for more than there are GPUs, where there are any."""
-    from mllm.errors import UserError
+    from mllm.common.errors import UserError
 
     if asked is not None and asked < 1:
         raise UserError(f"--ranks must be at least 1, got {asked}.")
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
     parser.add_argument("--ranks", type=int, help="processes; default: one a visible GPU, or two on a CPU")
     options = parser.parse_intermixed_args(arguments)
-    from mllm.errors import UserError  # imports of seconds, after --help
+    from mllm.common.errors import UserError  # imports of seconds, after --help
 
     try:
         return launch(options.config, options.overrides, options.ranks)

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
+from mllm.bases.identity import base_samples, check_start_keeps_base
 from mllm.build import BASE_CARD, PROJECTOR_FILE, load
-from mllm.errors import UserError
-from mllm.identity import base_samples, check_start_keeps_base
+from mllm.common.errors import UserError
+from mllm.common.names import check_names, matches, nearest
 from mllm.mole import MoleConfig, MoleModel
 from mllm.mole.start import Start
 from mllm.mole.targets import block_linears, find_targets
-from mllm.names import check_names, matches, nearest
 from train.config import ModelSection, OptimSection, TrainConfig
 from train.fields import checked_fields, suggest
 

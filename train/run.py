@@ -17,7 +17,7 @@ from transformers import LlavaProcessor, ProgressCallback, TrainingArguments, se
 from transformers.integrations import TensorBoardCallback
 
 from mllm.build import BASE_CARD, write_base_card
-from mllm.console import quieten
+from mllm.common.console import quieten
 from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture

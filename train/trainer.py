@@ -22,8 +22,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
 
+from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
-from mllm.errors import UserError
 from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER
 from train.config import TrainConfig

@@ -10,7 +10,7 @@ import typer
 from rich.progress import track
 
 from data_recipes.miniworld import CONVENTIONS, DOMAINS, NEUTRAL, Question, Split, scenes
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 CARD = "miniworld.json"  # what a folder was drawn with, and the sign that we may replace it
 SHORT = {"train": 2500, "val": 100, "test": 300}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mllm.alignment.align import Aligner
 from mllm.alignment.routes import RoutedLayer, prepare, routed_layers
-from mllm.errors import UserError
-from mllm.native_moe import NullRouter
+from mllm.common.errors import UserError
+from mllm.mole.native_moe import NullRouter
 
 CARD, WEIGHTS = "router_adapter.json", "router_adapter.safetensors"
 

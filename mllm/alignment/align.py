@@ -36,8 +36,8 @@ from mllm.alignment.routes import (
 )
 from mllm.alignment.tail import answer_logits, run
 from mllm.alignment.vectors import sample_vectors, vector_sizes
+from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
-from mllm.errors import UserError
 
 CALIBRATION_BATCHES = 8
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm.alignment.routes import RoutedLayer, decoder_layers, routing_context
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleLinear
-from mllm.native_moe import NullRouter
+from mllm.mole.native_moe import NullRouter
 from mllm.routing import Routing
 
 

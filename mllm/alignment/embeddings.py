@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from mllm.alignment.data import AlignmentData
 from mllm.alignment.routes import prompt_mask, unwrapped
 from mllm.alignment.tail import run
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.images import crop_thin, open_image
-from mllm.errors import UserError
 
 CLIP_PREFIX, SENTENCE_PREFIX = "clip:", "sentence-transformers:"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from mllm.alignment.data import Batch
 from mllm.alignment.neighbours import Neighbours
 from mllm.alignment.routes import RoutedLayer, chosen_tokens
-from mllm.errors import UserError
-from mllm.native_moe import NullRouter
+from mllm.common.errors import UserError
+from mllm.mole.native_moe import NullRouter
 
 
 def neighbours_mean(neighbours: Neighbours, vectors_NR: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 CHUNK = 1024
 LARGE = 200_000  # candidates from which "auto" takes faiss, where it is installed

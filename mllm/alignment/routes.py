@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mllm import mole, native_moe
+from mllm import mole
+from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
-from mllm.errors import UserError
-from mllm.mole import MoleLayer
+from mllm.mole import MoleLayer, native_moe
 from mllm.routing import Routing, RoutingContext
 
 TOKENS = ("last", "first", "middle", "last3", "mean")

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from mllm import ranks
 from mllm.alignment.data import AlignmentData, Batch
 from mllm.alignment.tail import answer_logits
-from mllm.answering import Journal, answer_all
+from mllm.common import ranks
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
-from mllm.errors import UserError
-from mllm.evaluate import code_stamp, template_of
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.recipe import Recipe
-from mllm.generate import evaluating
+from mllm.inference.answering import Journal, answer_all
+from mllm.inference.evaluate import code_stamp, template_of
+from mllm.inference.generate import evaluating
 
 
 def answered(

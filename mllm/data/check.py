@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
 
+from mllm.common.errors import TooLongError, UserError, printable
 from mllm.data.conversation import Conversation
 from mllm.data.encoded import BadRow, bad_row
 from mllm.data.formats import EmbeddedImage
@@ -23,7 +24,6 @@ from mllm.data.mixture import Mixture
 from mllm.data.overlap import overlap, picture_hash
 from mllm.data.sources import NAMED
 from mllm.data.template import IGNORED, ConversationEncoder
-from mllm.errors import TooLongError, UserError, printable
 
 
 class Sizes(NamedTuple):

@@ -13,10 +13,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
+from mllm.common.errors import UserError, printable
 from mllm.data.check import CheckReport
 from mllm.data.mixture import Mixture, most_rows
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError, printable
 
 BINS = 24
 SAMPLES = 3  # of each source

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from mllm.common.errors import RowError, UserError
 from mllm.data.formats import IMAGE_PLACE, EmbeddedImage, as_llava
 from mllm.data.images import missing_image
-from mllm.errors import RowError, UserError
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

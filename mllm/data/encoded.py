@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from mllm.common.errors import RowError, TooLongError, UserError
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import Mixture
 from mllm.data.template import ConversationEncoder
-from mllm.errors import RowError, TooLongError, UserError
 
 
 @dataclass(frozen=True)

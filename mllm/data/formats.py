@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 IMAGE_PLACE = "<image>"  # LLaVA's mark in a turn's text: the k-th mark is the place of the k-th picture
 TURNS = ("conversations", "messages", "conversatons")

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import BaseImageProcessor
 
-from mllm.errors import RowError
+from mllm.common.errors import RowError
 
 Image.init()
 # Decoders that only decode: EPS, for one, starts an outside program. Some builds of Pillow lack some of them.

@@ -14,11 +14,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch.utils.data import Dataset
 
-from mllm import plain_yaml
+from mllm.common import plain_yaml
+from mllm.common.errors import TooLongError, UserError
 from mllm.data.conversation import Conversation
 from mllm.data.formats import COLUMNS
 from mllm.data.sources import Source
-from mllm.errors import TooLongError, UserError
 
 MOST_STAND_INS = 100  # rows tried in the place of a bad one, after which its source is taken for broken
 BadRowsPolicy = Literal["error", "skip"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mllm.common.errors import RowError, UserError
 from mllm.data.conversation import Conversation
-from mllm.errors import RowError, UserError
 
 NAMED = 3  # bad rows that a refusal names; `mllm check` names all
 # First bytes of what people hand over instead, and what to do with it.

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 InText = Literal["text", "tokens"]  # what a special token in a turn's text is: its characters, or the token
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # a tokenizer's own; `extra_special_tokens` are vocabulary

@@ -23,10 +23,10 @@ from rich.text import Text
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from mllm.common.errors import TooLongError, UserError
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn, check_turns
 from mllm.data.images import fit_image, open_image, picture_side
 from mllm.data.special_tokens import InText, SpecialTokens
-from mllm.errors import TooLongError, UserError
 
 logger = logging.getLogger(__name__)
 

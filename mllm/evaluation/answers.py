@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
-from mllm.errors import UserError
 from mllm.evaluation.metrics import DEFAULT_METRIC, NOT_GRADED, collapse, score
 from mllm.evaluation.recipe import Recipe
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.intervals import bootstrap_means, interval
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 NOT_GRADED = "not_graded"
 DEFAULT_METRIC = "exact_match"  # of a row that names none

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.sources import Source
-from mllm.errors import UserError
 from mllm.evaluation.answers import check_gradable
 from mllm.evaluation.metrics import NOT_GRADED
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mllm.common.folders import check_writable
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.evaluation.answers import read_answers, read_recipe
@@ -10,7 +11,6 @@ from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
-from mllm.folders import check_writable
 
 
 def score_files(

@@ -9,8 +9,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from mllm.errors import UserError
-from mllm.names import nearest
+from mllm.common.errors import UserError
+from mllm.common.names import nearest
 from mllm.routing import BALANCE_LOSSES, GATES, Choice, ExpertLayout, RouterSpec, Target, find_router
 from mllm.routing.layout import MODALITIES
 from mllm.routing.losses import SCHEDULES

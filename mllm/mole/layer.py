@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole.config import MoleConfig
 from mllm.mole.experts import masked_experts, sorted_experts
 from mllm.mole.targets import block_linears, linear_sizes

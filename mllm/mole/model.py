@@ -12,11 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.common.names import check_names
 from mllm.mole.config import MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
 from mllm.mole.targets import Targets, find_targets
-from mllm.names import check_names
 from mllm.routing import BALANCE_LOSSES, BalanceWindow, RoutingContext, find_router, z_loss
 from mllm.routing.losses import domain_loss, moved_selection_bias, over_ranks, pool, scheduled
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole.model import routed_modules
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of one

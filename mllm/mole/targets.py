@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.common.names import check_names, matches
 from mllm.mole.config import MoleConfig
-from mllm.names import check_names, matches
 
 LINEARS = (nn.Linear, Conv1D)  # bitsandbytes' linears are nn.Linear too; Conv1D is GPT-2's
 

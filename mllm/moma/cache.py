@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.config import MomaConfig
 
 

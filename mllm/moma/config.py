@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import BALANCE_LOSSES, MODALITIES, ExpertLayout, Target
 from mllm.routing.layout import ALL
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.expert_choice import ChoiceRouter, ExpertChoice
 from mllm.moma.modeling import DenseFFN, MomaDecoderLayer, MomaForCausalLM
 from mllm.routing import TokenRouter

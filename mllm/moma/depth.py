@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.cache import depth_layer, remember
 
 Rotary = tuple[Tensor, Tensor]

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mllm.errors import UserError
-from mllm.generate import WholeSettings, evaluating, sampling
+from mllm.common.errors import UserError
+from mllm.inference.generate import WholeSettings, evaluating, sampling
 from mllm.moma.modeling import MomaForCausalLM
 from mllm.moma.processor import MomaProcessor
 

@@ -23,7 +23,7 @@ from transformers import Emu3VQVAE, PreTrainedModel
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 KINDS = {"janus_vqgan": JanusVQVAE, "emu3_vqgan": Emu3VQVAE}
 PICTURES_AT_ONCE = 64

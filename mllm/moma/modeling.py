@@ -31,14 +31,14 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils import can_return_tuple
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.common.names import check_keys
 from mllm.moma.cache import ids_layer, remember
 from mllm.moma.config import MomaConfig
 from mllm.moma.context import MomaContext
 from mllm.moma.depth import attend_chosen
 from mllm.moma.expert_choice import MODES, AuxiliaryRouter, ChoiceRouter, ExpertChoice, auxiliary_loss, mean_over_ranks
 from mllm.moma.places import PlaceEmbeddings, places
-from mllm.names import check_keys
 from mllm.routing import (
     BALANCE_LOSSES,
     BalanceWindow,

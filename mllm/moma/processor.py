@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mllm.common.errors import UserError
 from mllm.data.special_tokens import Reply, SpecialTokens
-from mllm.errors import UserError
 from mllm.moma.config import MomaConfig
 from mllm.moma.image_tokens import ImageTokenizer
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
-from mllm.errors import UserError
 from mllm.moma.processor import MomaProcessor
 
 FORMS = ("image_to_text", "text_to_image", "interleaved", "text", "image")

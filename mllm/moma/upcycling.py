@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.config import MomaConfig, refuse_unknown
 from mllm.moma.modeling import MomaForCausalLM
 from mllm.routing.layout import ALL

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing.past import Entry, find_cache, find_past, keep_past, past_length
 from mllm.routing.routing import Routing
 

@@ -2,7 +2,7 @@
 
 T tokens, E real experts, I input width, O output width, R rank of one expert, F = Σ R. A multiply-add counts as two
 operations, as in torch.utils.flop_counter, and only matrix products count. Forward pass only; the backward pass of what
-is trained costs about twice that, of what is frozen once. `mllm.cost` reads a model with this.
+is trained costs about twice that, of what is frozen once. `mllm.mole.cost` reads a model with this.
 """
 
 from __future__ import annotations

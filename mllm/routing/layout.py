@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 MODALITIES = ("text", "image")
 SHARED = "shared"

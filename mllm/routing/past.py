@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 
 class Entry(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 
 def _straight_through(log_probs_TK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing.context import RoutingContext
 from mllm.routing.layout import MODALITIES
 from mllm.routing.losses import pool

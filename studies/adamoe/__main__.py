@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from mllm.console import quieten
+from mllm.common.console import quieten
 from studies.adamoe.adapters import AdapterStudy
 from studies.adamoe.native import NativeStudy
 from studies.adamoe.report import read_part, write_report

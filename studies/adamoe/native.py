@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from mllm.build import load_processor
-from mllm.native_moe import add_null_experts, balance_loss, router_parameters, routing_context
+from mllm.mole.native_moe import add_null_experts, balance_loss, router_parameters, routing_context
 from mllm.routing import RoutingStats
 from studies.adamoe.adapters import joined, log_frequencies, routing_figures
 from studies.adamoe.runs import Arm, Measured, Tokens
@@ -77,7 +77,14 @@ class NativeStudy:
         train_WS, test_WS = self.windows
         model = self.first_model(seed)
         torch.manual_seed(seed)
-        add_null_experts(model, **{"num_null_experts": 0} | arm.settings)
+        settings = {"num_null_experts": 0} | arm.settings
+        if settings.get("top_k") == 1:
+            # With one renormalised pick the router learns from balance alone. That is refused to users; here it is the
+            # point of comparison, so the model itself is made top-1 and then taken as it is.
+            for module in model.modules():
+                if hasattr(module, "norm_topk_prob"):
+                    module.top_k = settings.pop("top_k", 1)
+        add_null_experts(model, **settings)
         if arm.family.endswith("frozen router"):
             for parameter in router_parameters(model):
                 parameter.requires_grad_(False)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from mllm.provenance import provenance
+from mllm.common.provenance import provenance
 from studies.adamoe.analysis import (
     Estimate,
     correlation,

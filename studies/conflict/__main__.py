@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if (options.config is None) == (options.report_all is None):
         parser.error("give a config, or --report-all FOLDER")
-    from mllm.errors import UserError  # imports of seconds, after --help
+    from mllm.common.errors import UserError  # imports of seconds, after --help
 
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
     try:
@@ -48,7 +48,7 @@ def study(path: Path, overrides: list[str], console: Console, *, only_report: bo
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed, which train.parts needs, looks for itself
-    from mllm.console import quieten
+    from mllm.common.console import quieten
     from studies.conflict.config import load_conflict_config
     from studies.conflict.report import read_study, report, write_facts
     from studies.conflict.work import Worker, work

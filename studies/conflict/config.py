@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from mllm.errors import UserError
-from mllm.folders import check_writable
+from mllm.common.errors import UserError
+from mllm.common.folders import check_writable
 from mllm.mole import MoleConfig
 from studies.conflict.arms import ARMS, GROUPS, Arm, own_arm
 from train.config import Dtype, OptimSection, Section, Seed, read_config, usual_dtype

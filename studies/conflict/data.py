@@ -15,9 +15,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from data_recipes import clashes
 from data_recipes.miniworld.__main__ import recipe_version
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
-from mllm.errors import UserError
 from studies.conflict.config import DataSection, MiniworldSection
 from studies.finetune import CachedSet, cache
 from studies.runner import digest, locked

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.evaluation.tables import markdown, print_tables, signed
 from studies.conflict.arms import GROUPS
 from studies.conflict.report import README, SINGLE, SUMMARY, ratio, sentences

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.common.provenance import provenance
 from mllm.evaluation.intervals import RESAMPLES
 from mllm.evaluation.tables import Titled, markdown, percent, print_tables, signed, with_interval
-from mllm.provenance import provenance
 from studies.conflict.analysis import Scores, analyse
 from studies.conflict.arms import Arm
 from studies.conflict.config import ConflictConfig

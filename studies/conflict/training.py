@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from mllm.cost import base_flops, cost
 from mllm.mole import MoleConfig, routing_context
+from mllm.mole.cost import base_flops, cost
 from mllm.routing import RoutingStats
 from studies.conflict.arms import Arm, adapter_of
 from studies.conflict.config import ConflictConfig

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from mllm.build import fingerprint, load
-from mllm.precision import find_device
+from mllm.common.precision import find_device
 from studies.conflict.config import ConflictConfig
 from studies.conflict.data import StudyData, StudyRows, embed, read_rows
 from studies.conflict.study import Job, Study

@@ -12,8 +12,8 @@ import torch
 import typer
 from rich.console import Console
 
-from mllm.console import quieten
-from mllm.provenance import provenance
+from mllm.common.console import quieten
+from mllm.common.provenance import provenance
 from studies.moma.analysis import analyse, as_markdown, contrasts
 from studies.moma.arms import ARMS, DENSE
 from studies.moma.picture import draw

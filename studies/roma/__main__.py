@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from mllm.console import quieten
+from mllm.common.console import quieten
 from mllm.evaluation.tables import markdown, print_tables
 from studies.roma.analysis import WHERE, analyse
 from studies.roma.arms import ARMS, FEW_TRIALS, RIVALS, TRIES, Arm

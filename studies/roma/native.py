@@ -26,7 +26,7 @@ from mllm.alignment.align import row_order
 from mllm.alignment.embeddings import centred
 from mllm.alignment.tail import answer_logits
 from mllm.data.template import IGNORED
-from mllm.native_moe import balance_loss
+from mllm.mole.native_moe import balance_loss
 from studies.roma.runs import Sizes, Task
 from studies.runner import locked
 

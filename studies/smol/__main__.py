@@ -16,12 +16,12 @@ import torch
 import typer
 from transformers import LlavaProcessor
 
+from mllm.bases.fetched import ASSETS, LANGUAGE_MODEL, SMOL_PARTS, TOWER
+from mllm.bases.smol import fetch
 from mllm.build import load
-from mllm.console import quieten
-from mllm.errors import UserError
-from mllm.fetched import ASSETS, LANGUAGE_MODEL, SMOL_PARTS, TOWER
-from mllm.provenance import provenance
-from mllm.smol import fetch
+from mllm.common.console import quieten
+from mllm.common.errors import UserError
+from mllm.common.provenance import provenance
 from studies.smol.data import (
     Branch,
     Encoder,

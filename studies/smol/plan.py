@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mllm.fetched import home
+from mllm.bases.fetched import home
 
 WORK = home() / "smol-training"  # features, texts, checkpoints, log: outside the repository
 SEED = 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_recipes.clashes import CODE_BOOKS, pictures, write
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 SIZES = {"train": 6, "val": 1, "test": 1}
 

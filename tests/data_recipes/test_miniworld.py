@@ -13,8 +13,8 @@ from data_recipes.miniworld.__main__ import write
 from data_recipes.miniworld.canvas import SIZE
 from data_recipes.miniworld.conventions import patient_place, viewer_place
 from data_recipes.miniworld.general import COLOURS, SHAPES
+from mllm.common.errors import UserError
 from mllm.data.sources import Source
-from mllm.errors import UserError
 from mllm.evaluation.metrics import score
 
 SIZES = {"train": 6, "val": 2, "test": 3}

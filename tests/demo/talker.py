@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from mllm.generate import THREAD_NAME
+from mllm.inference.generate import THREAD_NAME
 
 
 class Talker:

@@ -14,7 +14,7 @@ from demo import app as page
 from demo.__main__ import main
 from demo.app import build_app, launch
 from demo.session import ChatSession, Message
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.tiny import tiny_image, tiny_llava, write_tiny_llava
 
 
@@ -130,7 +130,8 @@ def test_undo_takes_back_the_last_turn_alone():
 def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
-    history, box, notice, turns, asked = page._begin(Scripted(), [], {"text": "What?", "files": [str(bad)]}, [])
+    session = ChatSession(*tiny_llava())
+    history, box, notice, turns, asked = page._begin(session, [], {"text": "What?", "files": [str(bad)]}, [])
     assert "bad.png" in notice["value"]
     assert asked is None
     assert turns == gr.skip()

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from demo.session import ChatSession, Message, load_examples
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
 from tests.demo.talker import Talker
 from tests.tiny import tiny_image, tiny_llava
 

@@ -34,9 +34,9 @@ from transformers import (
 )
 
 from mllm.build import build, fingerprint, load, write_base_card
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.common.precision import suitable
 from mllm.mole import MoleConfig
-from mllm.precision import suitable
 from tests.tiny import (
     TOWER_CFG,
     tiny_image,

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import mllm
 from mllm.build import load, write_base_card
 from mllm.cli import app, parse_arm, parse_arms, parse_files, parse_peers
-from mllm.errors import UserError
-from mllm.start import module_environment
+from mllm.common.errors import UserError
+from mllm.common.processes import module_environment
 from tests.tiny import tiny_image, write_tiny_llava
 from train.launch import main as launch
 
@@ -237,7 +237,7 @@ def answered(base, adapter, data, tmp_path) -> Path:
 
 @pytest.mark.parametrize("with_questions", [True, False])
 def test_score_gives_the_figures_of_eval_without_a_model(with_questions, answered, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("mllm.evaluate.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mllm.inference.evaluate.load", lambda *_, **__: pytest.fail("a model was loaded"))
     options = ("--questions", data) if with_questions else ()
     files = [answered / "base.jsonl", answered / "lora.jsonl"]
     status, printed = run("score", *files, *options, "--out", tmp_path / "again")
@@ -366,7 +366,7 @@ def test_help_lists_the_options_and_imports_nothing_that_takes_seconds(words, op
 
 
 def test_every_public_name_is_there_for_whoever_imports_the_package():
-    assert all(callable(getattr(mllm, name)) for name in mllm.__all__)
+    assert all(getattr(mllm, name).__name__.rpartition(".")[2] == name for name in mllm.__all__)
     assert mllm.__getattr__("load") is load
     with pytest.raises(AttributeError, match="nonsense"):
         mllm.__getattr__("nonsense")
@@ -381,7 +381,7 @@ def test_a_count_below_one_is_refused_before_anything_is_loaded(option, value, d
 
 
 def test_an_out_that_cannot_be_a_folder_is_told_before_anything_is_loaded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("mllm.evaluate.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mllm.inference.evaluate.load", lambda *_, **__: pytest.fail("a model was loaded"))
     status, printed = run("eval", "--questions", data, "--out", data / "report")
     assert status == 2
     assert "--out" in printed

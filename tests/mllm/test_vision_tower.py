@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModel
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, build_visual, wrap_visual
 from tests.tiny import TOWER_CFG, tiny_tower
 

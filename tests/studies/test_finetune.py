@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from mllm.data.sources import Source
 from mllm.data.template import ConversationEncoder
-from mllm.generate import answer
+from mllm.inference.generate import answer
 from mllm.mole import MoleConfig
 from studies.finetune import Schedule, answer_losses, cache, finetune, score_answers
 from tests.tiny import tiny_image, tiny_llava

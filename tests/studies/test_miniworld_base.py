@@ -11,7 +11,7 @@ from mllm.build import load
 from mllm.data.collate import Collator
 from mllm.data.conversation import Turn
 from mllm.data.template import ConversationEncoder
-from mllm.generate import answer
+from mllm.inference.generate import answer
 from studies.miniworld_base import PLAN, SceneBatches, Stage, optimisers, pixels, run_stage
 
 FOLDER = files("mllm") / "assets" / "miniworld"

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 import torch
 
+from mllm.bases.smol import merge_trained
 from mllm.data.template import IGNORED
-from mllm.smol import merge_trained
 from studies.smol import words
 from studies.smol.data import Encoder, batches, collate, pack, real_branches, take
 from studies.smol.plan import ALPHA, RANK, Stage

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mllm.common.errors import UserError
 from mllm.data import BadRow, ConversationEncoder, EncodedMixture, load_mixture
-from mllm.errors import UserError
 from tests.tiny import tiny_llava
 from tests.train.data import make_row, write_config, write_rows
 from tests.train.ranks import run_stage

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from studies.conflict.config import load_conflict_config
 from train import stages
 from train.config import TrainConfig, load_config

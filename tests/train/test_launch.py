@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from mllm.errors import UserError
-from mllm.start import ROOT, module_command, module_environment
+from mllm.common.errors import UserError
+from mllm.common.processes import ROOT, module_command, module_environment
 from train.launch import launch, number_of_ranks
 
 STARTER = """
@@ -122,5 +122,5 @@ def test_a_process_that_a_module_of_ours_starts_is_as_safe(hostile):
 def test_a_checkout_is_found_without_being_installed_and_before_what_the_user_added(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "mine", str(ROOT)]))
     assert module_environment()["PYTHONPATH"] == os.pathsep.join([str(ROOT), "mine"])
-    monkeypatch.setattr("mllm.start.site.getsitepackages", lambda: [str(ROOT)])
+    monkeypatch.setattr("mllm.common.processes.site.getsitepackages", lambda: [str(ROOT)])
     assert module_environment()["PYTHONPATH"] == os.pathsep.join(["", "mine", str(ROOT)])

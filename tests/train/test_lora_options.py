@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 import mllm
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.train.data import write_config
 from train.config import load_config
 from train.parts import LORA_FIELDS, build_model, gather_adapter, make_adapter, trained, write_adapter

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mllm.common.errors import UserError
 from mllm.data.images import ImageError
 from mllm.data.mixture import load_mixture
-from mllm.errors import UserError
 from tests.train.data import write_config
 from train.__main__ import main, original_message
 from train.check import check_batch, differences, find_checkpoint, micro_batch, tell_of_checkpoint
@@ -232,7 +232,7 @@ def test_a_finished_run_is_not_overwritten_unasked(healthy, tmp_path):
 RANK = """
 import atexit, builtins, runpy, sys
 import train.config
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 class Finalised:
     def __del__(self):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import MomaConfig, MomaForCausalLM
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor

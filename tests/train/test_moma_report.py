@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 from PIL import Image
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.generation import load_moma
 from mllm.moma.scoring import LEAKY, evaluating, held_out_losses
 from tests.train.moma_data import write_moma_config

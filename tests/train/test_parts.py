@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mllm
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole.start import Start
 from tests.tiny import write_tiny_llava
 from tests.train.data import write_config

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import mllm
 from mllm.alignment import load_router_adapter
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig
 from tests.mllm.mole.helpers import wake
 from tests.train.data import write_config

@@ -7,11 +7,11 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerControl, TrainerState
 
+from mllm.common.errors import UserError
 from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import load_mixture
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
 from mllm.mole import MoleConfig
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from studies.conflict.config import ConflictConfig, load_conflict_config
 from train import stages
 from train.config import load_config

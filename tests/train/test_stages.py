@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from train import stages
 from train.check import differences
 from train.config import Section, load_config, renamed

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
+from mllm.common.errors import UserError
 from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import load_mixture
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
 from train.trainer import Figures, Learning, LogFile, ProgressLine, answer_losses, stop_if_unusable

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mllm import plain_yaml
+from mllm.common import plain_yaml
 from train.config import DeepSpeedSection, Dtype, OptimSection, RunSection, Section, Weight
 
 

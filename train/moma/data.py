@@ -11,10 +11,10 @@ from PIL import Image
 from rich.progress import track
 
 from data_recipes.miniworld import Split, draw_scene
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.images import open_image
 from mllm.data.sources import Source
-from mllm.errors import UserError
 from mllm.moma.config import MomaConfig
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import FORMS, PackedRows, Sample, documents, write_rows

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mllm.build import load_processor
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.common.names import check_keys
 from mllm.moma import (
     MomaConfig,
     MomaForCausalLM,
@@ -25,7 +26,6 @@ from mllm.moma import (
 )
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
-from mllm.names import check_keys
 from train.fields import checked_fields
 from train.moma.config import MomaModelSection, MomaTrainConfig
 

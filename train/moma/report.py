@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from data_recipes.miniworld_reader import Score, read_caption, score_picture
-from mllm.console import quieten
-from mllm.errors import UserError
+from mllm.common.console import quieten
+from mllm.common.errors import UserError
+from mllm.common.provenance import provenance
 from mllm.moma import MomaForCausalLM
 from mllm.moma.generation import describe, draw, leaves_room, load_moma
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.scoring import LEAKY, evaluation_modes, held_out_losses, mode_label
 from mllm.moma.stream import DIRECTIONS, PackedRows, pack
-from mllm.provenance import provenance
 from train.check import SETTINGS
 from train.config import load_config
 from train.moma.config import MomaTrainConfig, ReportSection

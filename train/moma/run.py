@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback, set_seed
 
-from mllm.console import quieten
-from mllm.errors import UserError
-from mllm.folders import check_writable
+from mllm.common.console import quieten
+from mllm.common.errors import UserError
+from mllm.common.folders import check_writable
+from mllm.common.processes import module_command, module_environment
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import PackedRows
-from mllm.start import module_command, module_environment
 from train.check import check_whole_batches, find_checkpoint, tell_of_checkpoint
 from train.moma.config import MomaTrainConfig, StreamSection
 from train.moma.data import as_experts, check_data, check_length, digest, training_rows
@@ -36,7 +36,7 @@ def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     find_checkpoint(config, MODEL, ranks=ranks, data=lambda: digest(data, processor))
 
 
-def run_moma(config: MomaTrainConfig) -> None:
+def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     """Trains and saves. Every rank calls it.
 
     Writes into `run.output_dir`: config.yaml, train_log.jsonl, tensorboard/, checkpoints/ and, at the end, model/,

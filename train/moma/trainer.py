@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import MomaForCausalLM
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.scoring import direction_sums

@@ -14,7 +14,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 OLD_NAMES = {"align": "projector", "align_routers": "routers"}
 

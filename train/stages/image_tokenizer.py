@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import get_scheduler
 
-from mllm.errors import UserError
-from mllm.folders import check_writable
+from mllm.common.errors import UserError
+from mllm.common.folders import check_writable
+from mllm.common.provenance import provenance
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
-from mllm.provenance import provenance
 from train.check import SETTINGS
 from train.moma.config import ImageTokenizerSection, MomaStage, PictureSection
 from train.moma.data import captioned

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaProcessor, get_scheduler, set_seed
 
-from mllm import ranks
 from mllm.alignment import (
     Aligner,
     AlignmentData,
@@ -50,17 +49,18 @@ from mllm.alignment.embeddings import centred
 from mllm.alignment.report import alignment_tables, consistency, draw_routing, moved_layers
 from mllm.alignment.vectors import vector_sizes
 from mllm.build import BASE_CARD, load, resolve
-from mllm.console import quieten
+from mllm.common import ranks
+from mllm.common.console import quieten
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.data.template import IGNORED, ConversationEncoder
-from mllm.errors import UserError
-from mllm.evaluate import stamp
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.recipe import digest
 from mllm.evaluation.report import Arm, build_report
 from mllm.evaluation.tables import markdown, print_tables, remarks, report_tables
+from mllm.inference.evaluate import stamp
 from mllm.mole import MoleConfig
 from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER, check_run

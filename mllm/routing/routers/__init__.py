@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from difflib import get_close_matches
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing.routers.base import Router, RouterSpec
 
 ROUTERS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))

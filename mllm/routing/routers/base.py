@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing.context import Tokens
 from mllm.routing.layout import ExpertLayout
 

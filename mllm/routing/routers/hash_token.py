@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing.context import Tokens
 from mllm.routing.routers.base import Router
 from mllm.routing.routers.oracle_modality import ranked_logits

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.alignment import Aligner, AlignSettings, load_router_adapter, prepare, save_router_adapter
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole
 from tests.mllm.test_native_moe import INPUT_IDS, tiny_moe
 

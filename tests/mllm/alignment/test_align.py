@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mllm.alignment import Aligner, AlignSettings, Feed, align_routers, nearest, sample_vectors, score
 from mllm.alignment.loss import REGULARISERS, TARGETS
 from mllm.alignment.tail import run
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole, token_rows
 from tests.tiny import tiny_image, tiny_llava

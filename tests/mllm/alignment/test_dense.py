@@ -5,7 +5,7 @@ import torch
 
 from mllm.alignment import Aligner, AlignSettings, Feed
 from mllm.alignment.dense import dense_gradient
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole, token_rows
 
 BATCH = range(4)

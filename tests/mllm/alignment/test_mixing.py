@@ -9,7 +9,7 @@ from mllm.alignment.mixing import mixed_routing
 from mllm.alignment.routes import chosen_tokens
 from mllm.alignment.tail import run
 from mllm.alignment.vectors import vector_sizes
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import tiny, token_rows
 
 SOFTMAX = ("plain", "nulls", "shared_nulls", "mixtral", "olmoe", "qwen2", "qwen3", "deepseek_v2")

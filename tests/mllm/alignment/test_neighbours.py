@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mllm.alignment import nearest
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 
 def points(number: int = 40, width: int = 5, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from mllm.alignment import prepare, routed_layers, sample_vectors
 from mllm.alignment.routes import TOKENS, chosen_tokens, prompt_mask
 from mllm.alignment.vectors import vector_sizes
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole, token_rows
 from tests.mllm.mole.helpers import tiny_llama
 from tests.mllm.test_native_moe import INPUT_IDS, tiny_moe

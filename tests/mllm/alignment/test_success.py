@@ -9,8 +9,8 @@ from torch import nn
 
 from mllm.alignment import EncodedRows, answered, base_embeddings, embed, score, successful
 from mllm.alignment.embeddings import centred, clip_embeddings
+from mllm.common.errors import UserError
 from mllm.data.sources import Source
-from mllm.errors import UserError
 from mllm.evaluation.answers import Answer
 from tests.mllm.alignment.helpers import tiny, tiny_mole, token_rows
 from tests.tiny import tiny_image, tiny_llava, tiny_tower

@@ -5,7 +5,7 @@ import torch
 
 from mllm.alignment import AlignSettings, CachedStates, align_routers, cache_states, nearest, routed_layers
 from mllm.alignment.tail import answer_logits, entering, run
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole, token_rows
 
 FOUR = range(4)

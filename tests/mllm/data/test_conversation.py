@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from mllm.common.errors import UserError
 from mllm.data import Conversation, ImageError, Turn
-from mllm.errors import UserError
 from tests.mllm.data.conftest import record
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from mllm.common.errors import RowError, TooLongError, UserError
 from mllm.data import Collator, ConversationEncoder, EncodedMixture, ImageError, Mixture, MixtureConfig, Turn
-from mllm.errors import RowError, TooLongError, UserError
 from tests.mllm.data.conftest import record
 
 

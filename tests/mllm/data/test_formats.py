@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from mllm.common.errors import UserError
 from mllm.data import Conversation, ImageError, load_mixture, open_image
 from mllm.data.formats import EmbeddedImage
-from mllm.errors import UserError
 from tests.mllm.data.conftest import record
 
 ASKED = ("What colour?", "Which shape?", "How many?", "Where?", "Is it day?")  # one picture and one question a row

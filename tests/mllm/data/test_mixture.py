@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_recipes
+from mllm.common.errors import UserError
 from mllm.data import Mixture, MixtureConfig, load_mixture
 from mllm.data.mixture import most_rows, read_mixture_config
-from mllm.errors import UserError
 from tests.mllm.data.conftest import record
 
 

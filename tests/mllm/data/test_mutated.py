@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm.common.errors import UserError
 from mllm.data import ConversationEncoder, EncodedMixture, check_mixture, load_mixture
-from mllm.errors import UserError
 from tests.mllm.data.conftest import record
 from tests.mllm.data.test_formats import LAYOUTS
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from mllm.common.errors import RowError, UserError
 from mllm.data import ImageError, Source
-from mllm.errors import RowError, UserError
 from tests.mllm.data.conftest import record
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from mllm.common.errors import UserError
 from mllm.data.special_tokens import Reply, SpecialTokens
-from mllm.errors import UserError
 from tests.mllm.data.tokenizers import KINDS, MARKS
 from tests.tiny import tiny_tokenizer
 

@@ -8,9 +8,9 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessor
 
+from mllm.common.errors import UserError
 from mllm.data import Conversation, ConversationEncoder, ImageError, Turn
 from mllm.data.template import IGNORED, ChatTemplate
-from mllm.errors import UserError
 from tests.tiny import tiny_llava
 
 # As llava-hf's: parts only, pictures before all text, a blank after every text, no end of an answer.

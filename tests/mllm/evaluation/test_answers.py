@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
-from mllm.errors import UserError
 from mllm.evaluation.answers import check_gradable, collect_answers, read_answers, read_recipe, write_answers
 from mllm.evaluation.recipe import Recipe
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
-from mllm.errors import UserError
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.compare import compare_answers, comparison_notes, comparison_tables, write_comparison
 from mllm.evaluation.recipe import Recipe

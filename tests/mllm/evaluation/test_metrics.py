@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.evaluation.metrics import METRICS, score
 
 

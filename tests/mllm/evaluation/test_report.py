@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
-from mllm.errors import UserError
 from mllm.evaluation import picture
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.picture import draw_report

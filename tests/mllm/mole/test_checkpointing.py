@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import routing_context, routing_loss
 from mllm.routing import RoutingStats
 from tests.mllm.mole.helpers import INPUT_IDS, gradients, tiny_mole

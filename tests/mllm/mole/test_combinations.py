@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss
 from mllm.mole.config import BALANCES
 from mllm.routing import GATES, ROUTERS

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig
 
 GROUPS = {"text": 2, "image": 2}

@@ -10,7 +10,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig
 from tests.tiny import tiny_language_model
 

@@ -7,7 +7,7 @@ import pytest
 
 import mllm
 
-MODULES = ["mllm.routing.context", "mllm.mole.model", "mllm.mole.objective", "mllm.mole.start", "mllm.native_moe"]
+MODULES = ["mllm.routing.context", "mllm.mole.model", "mllm.mole.objective", "mllm.mole.start", "mllm.mole.native_moe"]
 NAMES = [
     "BiasBalance", "RoutingLossMixin", "RoutingObjective", "native_moe", "routing_context", "routing_loss",
     "start_routers",

@@ -5,7 +5,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss
 from tests.mllm.mole.helpers import INPUT_IDS, VOCAB, wake
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss
 from mllm.routing import RoutingStats
 from tests.mllm.mole.helpers import wake

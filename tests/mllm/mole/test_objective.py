@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import BiasBalance, RoutingLossMixin, RoutingObjective, routing_context, routing_loss
 from mllm.routing import BalanceWindow
 from tests.mllm.mole.helpers import INPUT_IDS, gradients, mole_routers, tiny_llama, tiny_mole

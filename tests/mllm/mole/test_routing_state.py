@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss
 from mllm.mole.layer import RoutingSlot
 from tests.mllm.mole.helpers import gradients, wake

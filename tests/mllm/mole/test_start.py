@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig, routing_context, routing_loss, start_routers
 from mllm.mole.start import ROWS_OF_A_DOMAIN, clusters, linear_discriminant, share_told, start_rows
 from tests.mllm.mole.helpers import wake

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoConfig
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import MomaConfig, layers_at_equal_flops
 from tests.mllm.moma.helpers import CODES, TOKEN_CHOICE, VOCAB, tiny_config
 

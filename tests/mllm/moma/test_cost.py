@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import MomaForCausalLM
 from mllm.moma.cost import head_flops, moma_cost
 from tests.mllm.moma.helpers import IDS, MASK, TOKEN_CHOICE, tiny_config, tiny_moma, with_auxiliary

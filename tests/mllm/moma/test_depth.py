@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.depth import causal_mask
 from tests.mllm.moma.helpers import IDS, MASK, scores, tiny_moma, with_auxiliary
 

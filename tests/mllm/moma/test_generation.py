@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from mllm.cli import app
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import MomaConfig, MomaForCausalLM
 from mllm.moma.generation import WholePictures, describe, draw, load_moma
 from mllm.moma.processor import MomaProcessor

@@ -7,7 +7,7 @@ import torch
 from transformers import Emu3VQVAE
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
 from tests.tiny import tiny_image
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaPreTrainedModel
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import MomaForCausalLM
 from mllm.moma.context import MomaContext
 from mllm.moma.expert_choice import ChoiceRouter

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.places import places
 from mllm.moma.upcycling import upcycle
 from tests.mllm.moma.helpers import scores, tiny_config, tiny_moma

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma.image_tokens import ImageTokenizer
 from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import DIRECTIONS, UNCOUNTED, PackedRows, Sample, directions, documents, pack, write_rows

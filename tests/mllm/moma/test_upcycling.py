@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.moma import from_language_model, upcycle
 from tests.mllm.moma.helpers import FIELDS, IDS, scores, tiny_moma
 

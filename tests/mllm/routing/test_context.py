@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import RoutingContext, route
 
 IMAGE = 9

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import ROUTERS, ExpertLayout, Router, RouterSpec, RoutingContext, find_router, routers
 
 WIDTH, EXPERTS, IMAGE = 4, 3, 9

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import GATES, route
 from tests.mllm.routing.slow import assert_close_gradients, few, slow_route
 

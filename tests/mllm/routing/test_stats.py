@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import RoutingContext, RoutingStats, route
 from mllm.routing.stats import mutual_information
 

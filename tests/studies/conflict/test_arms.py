@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleConfig, MoleLinear
 from studies.conflict.arms import ARMS, GROUPS, LORA, adapter_of, adapter_values, own_arm
 from studies.conflict.config import AdapterSection
@@ -88,7 +88,10 @@ def test_an_own_arm_may_have_slow_routers():
 
 def test_an_own_arm_goes_over_the_frame_and_is_refused_by_name():
     assert adapter_of(own_arm("warm", {}), adapter_values(own_arm("warm", {"top_k": 2}), FRAME, DOMAINS)).top_k == 2
-    for settings, said in ({"topk": 2}, "arm odd.topk .*did you mean top_k"), ({"top_k": 9}, "arm odd: .*exceeds"):
+    for settings, said in (
+        ({"topk": 2}, "arm odd.topk .*did you mean top_k"),
+        ({"top_k": 9}, "arm odd\.top_k=9 exceeds"),
+    ):
         odd = own_arm("odd", settings)
         with pytest.raises(UserError, match=said):
             adapter_of(odd, adapter_values(odd, FRAME, DOMAINS))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from studies.conflict import data as data_module
 from studies.conflict.config import DataSection, MiniworldSection, ScenesSection, load_conflict_config
 from studies.conflict.data import read_rows

@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from studies.conflict.regimes import report_all
 from studies.conflict.report import notes, read_study, report, sentences, summarise, tables, write_facts
 from studies.conflict.work import work

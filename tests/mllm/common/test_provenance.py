@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm.provenance import commit, provenance
+from mllm.common.provenance import PRODUCT, commit, provenance
 
 
 def test_a_figure_names_date_commit_device_and_versions():
@@ -27,14 +27,14 @@ def checkout(root: Path, project: str) -> tuple[Path, str]:
 
 
 def test_a_checkout_of_the_project_tells_its_commit_and_whether_it_was_changed(tmp_path):
-    package, head = checkout(tmp_path / "project", "mllm")
+    package, head = checkout(tmp_path / "project", PRODUCT)
     assert head.startswith(commit(package))
     (package / "provenance.py").write_text("changed")
     assert commit(package).endswith("-dirty")
 
 
 def test_the_repository_of_the_current_folder_or_of_a_hook_tells_nothing(tmp_path, monkeypatch):
-    package, head = checkout(tmp_path / "project", "mllm")
+    package, head = checkout(tmp_path / "project", PRODUCT)
     checkout(tmp_path / "other", "other")
     monkeypatch.chdir(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
@@ -46,8 +46,8 @@ def test_a_package_inside_another_repository_tells_its_own_version(place, tmp_pa
     other, _ = checkout(tmp_path / "other", "other")
     package = other.parent / place / "mllm"
     package.mkdir(parents=True, exist_ok=True)
-    assert commit(package.resolve()) == f"v{version('mllm')}"
+    assert commit(package.resolve()) == f"v{version(PRODUCT)}"
 
 
 def test_a_package_outside_any_repository_tells_its_version(tmp_path):
-    assert commit(tmp_path) == f"v{version('mllm')}"
+    assert commit(tmp_path) == f"v{version(PRODUCT)}"

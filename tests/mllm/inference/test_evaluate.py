@@ -5,9 +5,9 @@ import torch
 from peft import get_peft_model
 
 from mllm.build import load, write_base_card
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
-from mllm.errors import UserError
-from mllm.evaluate import answer_arm, answer_specialists
+from mllm.inference.evaluate import answer_arm, answer_specialists
 from mllm.mole import MoleConfig
 from tests.tiny import write_tiny_llava
 
@@ -59,7 +59,7 @@ def test_a_domain_without_an_expert_is_named(base, tmp_path):
 
 def test_domains_are_forgotten_after_the_last_question(base, tmp_path, monkeypatch):
     models = []
-    monkeypatch.setattr("mllm.evaluate.load", lambda *a, **o: models.append(load(*a, **o)) or models[-1])
+    monkeypatch.setattr("mllm.inference.evaluate.load", lambda *a, **o: models.append(load(*a, **o)) or models[-1])
     arm(base, adapter_for(base, tmp_path, sorted(set(DOMAINS))), blanked=False)
     with pytest.raises(UserError, match="nobody has told the rows' domains"):
         models[0][0](input_ids=torch.ones(1, 3, dtype=torch.long))

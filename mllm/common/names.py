@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 # A group of alternatives that holds no group itself; not a look-around.
 CHOICE = re.compile(r"(?<!\\)\((?:\?:|(?!\?))([^()]*\|[^()]*)\)")

@@ -15,11 +15,11 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mllm import ranks
+from mllm.common import ranks
 from mllm.data.conversation import Conversation
 from mllm.evaluation.answers import Answer, answer_line, collect_answers, recipe_path
 from mllm.evaluation.recipe import Recipe
-from mllm.generate import answer_batches, plan_batches
+from mllm.inference.generate import answer_batches, plan_batches
 from mllm.mole import routing_context
 from mllm.routing.stats import RoutingStats, Sums
 
@@ -116,7 +116,7 @@ def answer_all(
         journal: of the first rank, where everything is kept as it comes; None on the others.
 
     Raises:
-        UserError: as `mllm.generate.answer`.
+        UserError: as `mllm.inference.generate.answer`.
     """
     done = ranks.shared(set(journal.replies) if journal else None)
     batches = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 # A CPU's instructions for 16-bit types are what oneDNN finds; torch has no public question for it.
 INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}

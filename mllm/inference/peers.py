@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mllm.build import load_peft, resolve
+from mllm.common.errors import UserError
+from mllm.common.names import check_keys
+from mllm.common.precision import suitable
 from mllm.data.conversation import Conversation, Turn
 from mllm.data.images import open_image
 from mllm.data.special_tokens import SpecialTokens
 from mllm.data.template import PROBE, SYSTEM_PROBE, has_system_place, into_first_question
-from mllm.errors import UserError
-from mllm.names import check_keys
-from mllm.precision import suitable
 
 _MEAN_COLOUR = (0.5, 0.5, 0.5)  # where an image processor tells none
 
@@ -70,7 +70,7 @@ def load_peer(
 
 
 class PeerPrompts:
-    """Questions as a model's own chat template and processor put them; see `mllm.generate.Prompts`."""
+    """Questions as a model's own chat template and processor put them; see `mllm.inference.generate.Prompts`."""
 
     ends: Sequence[int] = ()
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mllm import native_moe
 from mllm.build import build
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import BalanceWindow, RoutingStats
 from tests.tiny import tiny_image, tiny_tokenizer, tiny_tower
 

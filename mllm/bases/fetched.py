@@ -1,4 +1,7 @@
-"""Bases that are put together once from packages of the Python index, and where they lie. `mllm.smol` makes them."""
+"""Bases that are put together once from packages of the Python index, and where they lie.
+
+`mllm.bases.smol` makes them.
+"""
 
 import hashlib
 import json
@@ -9,7 +12,7 @@ from typing import NamedTuple
 
 from platformdirs import user_cache_dir
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 SMOL = "smol"
 SMOL_PARTS = "smol-parts"  # the same before our training: projector not trained, no adapter

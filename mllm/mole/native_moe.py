@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.routing import BALANCE_LOSSES, BalanceWindow, ExpertLayout, Routing, RoutingContext, Target
 
 CONFIG_FILE = "null_experts.json"

@@ -32,10 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mllm.build import PROJECTOR_FILE, build, load
-from mllm.console import quieten
-from mllm.errors import UserError
-from mllm.fetched import (
+from mllm.bases.fetched import (
     ASSETS,
     IMAGE_SIZE,
     JOINED,
@@ -48,6 +45,9 @@ from mllm.fetched import (
     folder,
     home,
 )
+from mllm.build import PROJECTOR_FILE, build, load
+from mllm.common.console import quieten
+from mllm.common.errors import UserError
 from mllm.vision_tower import OpenClipVisionConfig, OpenClipVisionModel, build_visual, wrap_visual
 
 # ChatML as SmolLM2 was tuned on, without the line that introduces it: 20 tokens less in every prompt.

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mllm import load, precision
-from mllm.errors import UserError
+from mllm import load
+from mllm.common import precision
+from mllm.common.errors import UserError
 from train.config import ModelSection, load_config
 from train.stages import check
 

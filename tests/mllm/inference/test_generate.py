@@ -8,11 +8,11 @@ import torch
 from peft import get_peft_model
 from transformers import GenerationConfig
 
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
 from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
-from mllm.generate import THREAD_NAME, WholeSettings, answer, evaluating, set_aside, stream
+from mllm.inference.generate import THREAD_NAME, WholeSettings, answer, evaluating, set_aside, stream
 from mllm.mole import MoleConfig, routing_context
 from mllm.routing.stats import RoutingStats
 from tests.tiny import tiny_image, tiny_llava
@@ -319,7 +319,9 @@ def test_the_stop_event_ends_the_stream_and_the_thread(llava, monkeypatch):
 
 def test_closing_the_stream_ends_the_thread_and_leaves_the_callers_event_alone(llava, monkeypatch):
     stop = threading.Event()
-    monkeypatch.setattr("mllm.generate.TextIteratorStreamer.put", lambda self, _: self.on_finalized_text("piece "))
+    monkeypatch.setattr(
+        "mllm.inference.generate.TextIteratorStreamer.put", lambda self, _: self.on_finalized_text("piece ")
+    )
     pieces = chat(llava, stop, max_new_tokens=400)
     assert next(pieces) == "piece "
     assert len(generating_threads()) == 1

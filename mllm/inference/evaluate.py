@@ -11,23 +11,23 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mllm import ranks
-from mllm.answering import Journal, answer_all, say
 from mllm.build import load, resolve
-from mllm.console import quieten
+from mllm.common import ranks
+from mllm.common.console import quieten
+from mllm.common.errors import UserError
+from mllm.common.folders import check_writable
+from mllm.common.provenance import provenance
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
-from mllm.errors import UserError
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe, digest
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
-from mllm.folders import check_writable
-from mllm.generate import own_ends, prompts_for
+from mllm.inference.answering import Journal, answer_all, say
+from mllm.inference.generate import own_ends, prompts_for
+from mllm.inference.peers import is_peer, load_peer
 from mllm.mole import routing_context
-from mllm.peers import is_peer, load_peer
-from mllm.provenance import provenance
 
 Adapter = str | Path | None | Mapping[str, str | Path]  # a folder; none; or a folder for each domain
 

@@ -8,7 +8,7 @@ import torch
 
 import mllm
 from mllm.build import write_base_card
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from tests.tiny import write_tiny_llava
 
 WEIGHTS = {

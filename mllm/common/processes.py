@@ -5,7 +5,7 @@ import site
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # of our packages
+ROOT = Path(__file__).resolve().parents[2]  # of our packages
 
 
 def module_command(module: str, *arguments: str) -> list[str]:

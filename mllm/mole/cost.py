@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 from mllm.mole import MoleBlock, MoleLinear, routing_context
 from mllm.mole.targets import LINEARS, linear_sizes
 from mllm.routing import Routing, RoutingContext, TokenRouter

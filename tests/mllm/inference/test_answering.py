@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mllm.answering import Journal
 from mllm.build import load, write_base_card
-from mllm.evaluate import evaluate_arms, stamp
 from mllm.evaluation.answers import collect_answers
 from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
+from mllm.inference.answering import Journal
+from mllm.inference.evaluate import evaluate_arms, stamp
 from mllm.mole import MoleConfig
 from mllm.routing.stats import RoutingStats
 from tests.mllm.questions import write_questions
@@ -75,7 +75,7 @@ def report_of(out):
 def in_processes(number, place, out, die_after=None):
     """The evaluation on as many ranks as processes; returns how each ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.run", "mllm.evaluate"])
+    context.set_forkserver_preload(["train.run", "mllm.inference.evaluate"])
     port = str(free_port())
     ranks = [
         context.Process(target=be_rank, args=(rank, number, port, place, out, die_after)) for rank in range(number)
@@ -210,7 +210,7 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path, answers):
 def test_lines_written_but_not_counted_before_a_kill_are_asked_again(tmp_path, answers, monkeypatch):
     first = journal(tmp_path)
     first.add([2], [answers[2]], RoutingStats())
-    monkeypatch.setattr("mllm.answering.torch.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mllm.inference.answering.torch.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         first.add([0], [answers[0]], RoutingStats())
     monkeypatch.undo()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.cost import cost
-from mllm.errors import UserError
+from mllm.common.errors import UserError
+from mllm.mole.cost import cost
 from mllm.routing import TokenRouter
 from tests.mllm.mole.helpers import INPUT_IDS, tiny_llama, tiny_mole
 

@@ -25,13 +25,13 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from mllm.common.errors import UserError
 from mllm.data.collate import Collator
 from mllm.data.conversation import IMAGE_PLACE, Conversation, Turn
 from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
+from mllm.inference.peers import PeerPrompts
 from mllm.mole import routing_context
-from mllm.peers import PeerPrompts
 from mllm.routing.context import Forward
 
 THREAD_NAME = "mllm-generate"

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from mllm.errors import UserError
+from mllm.common.errors import UserError
 
 SAMPLES = 32  # values of a tensor: 60 kB of base card for a 7B model
 GOLDEN = 0.6180339887498949  # steps of this share of a tensor fall into all its rows and columns

@@ -8,12 +8,12 @@ import timm
 import torch
 from peft import get_peft_model
 
-from mllm import fetched, smol
+from mllm.bases import fetched, smol
 from mllm.build import load, resolve
+from mllm.common.errors import UserError
 from mllm.data.conversation import Turn
 from mllm.data.template import ConversationEncoder
-from mllm.errors import UserError
-from mllm.evaluate import stamp
+from mllm.inference.evaluate import stamp
 from mllm.mole import MoleConfig
 from tests.tiny import tiny_image, tiny_llava
 

@@ -8,12 +8,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from mllm.build import load
+from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
-from mllm.errors import UserError
-from mllm.evaluate import evaluate_arms
-from mllm.generate import answer
-from mllm.peers import PeerPrompts, is_peer, load_peer
-from tests.mllm.peers import FAMILIES
+from mllm.inference.evaluate import evaluate_arms
+from mllm.inference.generate import answer
+from mllm.inference.peers import PeerPrompts, is_peer, load_peer
+from tests.mllm.inference.peers import FAMILIES
 from tests.mllm.questions import write_questions
 from tests.tiny import tiny_image, write_tiny_llava
 

@@ -12,7 +12,7 @@ import torch
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "open_clip_torch")
 PRODUCT = "mllm-experts"  # the name in pyproject.toml
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def provenance() -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mllm.errors import UserError
-from mllm.names import check_keys, check_names
+from mllm.common.errors import UserError
+from mllm.common.names import check_keys, check_names
 
 NAMES = ["layers.0.attn.q_proj", "layers.0.attn.v_proj", "layers.1.mlp.up_proj"]
 

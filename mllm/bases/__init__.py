@@ -1,0 +1,1 @@
+"""Base models: what tells one from another, and those that are put together from packages."""
