@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -247,6 +248,11 @@ def chooses_over_batch(settings: Mapping) -> bool:
     )
 
 
+def without_unset(value: Any) -> Any:
+    """A setting without what is null inside it: releases add settings that are null unless somebody gives them."""
+    return {key: each for key, each in value.items() if each is not None} if isinstance(value, Mapping) else value
+
+
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """Settings that differ between a run and the one that would go on with it, as `section.key: old, now new`."""
     changed = []
@@ -257,6 +263,6 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
             changed += [f"{section}: {before}, now {values}"] * (before != values)
             continue
         for key in values.keys() - (FREE_ON_RESUME.get(section, set()) - fixed):
-            if (before or {}).get(key) != values[key]:
+            if without_unset((before or {}).get(key)) != without_unset(values[key]):
                 changed.append(f"{section}.{key}: {(before or {}).get(key)}, now {values[key]}")
     return sorted(changed)
