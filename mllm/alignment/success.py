@@ -50,7 +50,7 @@ def answered(
     )
     origin = {"prompt, template or decoding": recipe.asked, "model": stamp, "code": code_stamp()}
     journal = None
-    if ranks.rank() == 0:
+    if ranks.is_first():
         journal = Journal(path, origin, model_id=path.stem, recipe=recipe, fresh=False)
     sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     return answer_all(model, processor, conversations, journal, **sizes)[0]

@@ -149,5 +149,5 @@ def _routing_of(model: PreTrainedModel | PeftModel, domains: Sequence[str]) -> R
 
 def say(text: str) -> None:
     """To whoever watches, once for all ranks."""
-    if ranks.rank() == 0:
+    if ranks.is_first():
         Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

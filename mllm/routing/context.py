@@ -517,6 +517,31 @@ class RoutingContext:
 CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
+def routing_context(model: nn.Module) -> RoutingContext | None:
+    """The RoutingContext of a model with routers of ours, however wrapped (PEFT, DeepSpeed, DDP); None for one without.
+
+    Of a MOLE adapter, of a native mixture of experts with null experts, or of a Moma model.
+
+    Its `routings` are those of this thread's last forward, with `[T, X]` probabilities and `[T, K]` picks a layer.
+
+    Example:
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> mllm.routing_context(base) is None
+        True
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
+        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> mllm.routing_context(model).stack("router_probs_TX").shape  # layers, tokens, experts
+        torch.Size([1, 10, 3])
+    """
+    for module in model.modules():
+        if isinstance(context := getattr(module, "routing_context", None), RoutingContext):
+            return context
+    return None
+
+
 def in_backward() -> bool:
     """Whether this thread runs a backward pass, so that a forward is a recomputation."""
     return torch._C._current_graph_task_id() != -1

@@ -43,7 +43,7 @@ def test_a_native_model_that_picks_all_experts_has_the_same_gradient_densely():
     made = []
     for dense in (False, True):
         from mllm.alignment import prepare
-        from tests.mllm.test_native_moe import tiny_moe
+        from tests.mllm.mole.test_native_moe import tiny_moe
 
         model = prepare(tiny_moe("olmoe", num_experts_per_tok=4))
         aligner = Aligner(model, AlignSettings(layers=1, regulariser="none", dense_gradient=dense))

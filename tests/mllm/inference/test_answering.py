@@ -17,8 +17,8 @@ from mllm.inference.answering import Journal
 from mllm.inference.evaluate import evaluate_arms, stamp
 from mllm.mole import MoleConfig
 from mllm.routing.stats import RoutingStats
-from tests.mllm.questions import write_questions
-from tests.mllm.test_generate import lively_llava
+from tests.mllm.inference.questions import write_questions
+from tests.mllm.inference.test_generate import lively_llava
 from train.launch import free_port
 
 PATIENCE = 120  # seconds
