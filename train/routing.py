@@ -21,7 +21,7 @@ from mllm.mole.start import Start, start_rows
 from mllm.routing import RoutingStats
 from mllm.routing.watch import RoutingWatch
 
-EYES = ("vision_tower", "multi_modal_projector")  # what embeds pictures
+VISION_MODULES = ("vision_tower", "multi_modal_projector")  # what embeds pictures
 
 
 def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> Start | None:
@@ -38,11 +38,12 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
     base = model.get_base_model()
     home = base.device
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else home
-    eyes = [part for name, part in base.named_modules() if name.rpartition(".")[2] in EYES]  # the rest may not fit yet
-    for part in eyes:
+    # The language model stays where it is: before ZeRO has split it, it may not fit the GPU.
+    vision = [part for name, part in base.named_modules() if name.rpartition(".")[2] in VISION_MODULES]
+    for part in vision:
         part.to(device)
     pictures_ND = torch.stack([mean_picture(base, samples[row]["pixel_values"].to(device)) for row in rows])
-    for part in eyes:
+    for part in vision:
         part.to(home)
     start = start_routers(model, pictures_ND.to(home), [domains[row] for row in rows])
     if ranks.is_first():

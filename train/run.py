@@ -42,7 +42,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     """
     quieten()
     if not torch.cuda.is_available():
-        suit_cpu()
+        set_up_cpu()
     set_seed(config.run.seed)  # adapters start from the same values on every rank
     checkpoint = find_checkpoint(config)
     if ranks.is_first():
@@ -79,7 +79,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
         print(f"adapter saved in {config.run.output_dir / ADAPTER}", flush=True)
 
 
-def suit_cpu() -> None:
+def set_up_cpu() -> None:
     """Two choices of the libraries that do not serve a CPU.
 
     DeepSpeed's shared-memory reduction needs a compiler, takes a minute to build on the first start, and a start that

@@ -101,7 +101,7 @@ class MllmTrainer(StageTrainer):
         self.add_callback(self.routing)
         self.bad_rows = BadRows(config.run.output_dir / BAD_ROWS, self.train_dataset.mixture)
         self.add_callback(self.bad_rows)
-        self.add_callback(Learning(self.model, self.args.device))
+        self.add_callback(GradientWatch(self.model, self.args.device))
 
     def get_train_dataloader(self) -> DataLoader:
         """The run's micro-batches for this rank as one epoch, so that Trainer's own skipping resumes exactly."""
@@ -234,7 +234,7 @@ def limit_threads(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-class Learning(TrainerCallback):
+class GradientWatch(TrainerCallback):
     """Stops a run in which a trained tensor had no gradient in all of its first steps.
 
     Seen by hooks that take themselves off: ZeRO leaves no rank a whole gradient to look at. A gradient of zeros counts,

@@ -25,7 +25,7 @@ from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
-from mllm.inference.answering import Journal, answer_all, say
+from mllm.inference.answering import ResumableAnswers, answer_all, say
 from mllm.inference.generate import own_ends, prompts_for
 from mllm.inference.peers import is_peer, load_peer
 from mllm.mole import routing_context
@@ -199,13 +199,13 @@ def answer_arm(
             "model": stamp(model_path, adapter),
             "code": code_stamp(),
         }
-        journal = None
+        answers_file = None
         if ranks.is_first():
-            journal = Journal(path, origin, model_id=title, recipe=asked, fresh=fresh)
-            if journal.replies:
-                say(f"{title}: {len(journal.replies)} of {len(rows)} were answered before")
+            answers_file = ResumableAnswers(path, origin, model_id=title, recipe=asked, fresh=fresh)
+            if answers_file.replies:
+                say(f"{title}: {len(answers_file.replies)} of {len(rows)} were answered before")
         sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        return answer_all(model, processor, rows, journal, blank=blank, **sizes)
+        return answer_all(model, processor, rows, answers_file, blank=blank, **sizes)
 
     answers, stats = answered(blank=False)
     return Arm(

@@ -263,8 +263,8 @@ def _refuse_router_logits(decoder: PreTrainedModel, args: tuple, kwargs: dict[st
     if kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
         raise UserError(
             "output_router_logits=True was asked of a model with null experts. transformers' balance loss knows real "
-            "experts only and would be silently wrong. Leave it off, and add mllm.native_moe.balance_loss(model) to "
-            "the loss; router logits are in routing_context(model).routings."
+            "experts only and would be silently wrong. Leave it off, and add mllm.mole.native_moe.balance_loss(model) "
+            "to the loss; router logits are in routing_context(model).routings."
         )
 
 

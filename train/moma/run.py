@@ -18,7 +18,7 @@ from train.moma.config import MomaTrainConfig, StreamSection
 from train.moma.data import as_experts, check_data, check_length, data_digest, training_rows
 from train.moma.model import MODEL, build_moma, build_processor, check_fields, config_of, num_parameters, rows_seen
 from train.moma.trainer import MomaTrainer
-from train.run import callbacks, prepare_folder, suit_cpu, training_arguments
+from train.run import callbacks, prepare_folder, set_up_cpu, training_arguments
 from train.trainer import ProgressLine
 
 
@@ -44,7 +44,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     """
     quieten()
     if not torch.cuda.is_available():
-        suit_cpu()
+        set_up_cpu()
     set_seed(config.run.seed)  # new weights are the same on every rank
     checkpoint = find_checkpoint(config, MODEL)
     if ranks.is_first():

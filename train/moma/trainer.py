@@ -24,7 +24,7 @@ from train.feed import RunOrder
 from train.moma.config import MomaTrainConfig
 from train.moma.model import MODEL, gather_model, write_model
 from train.parts import parameter_groups
-from train.trainer import Learning, StageTrainer
+from train.trainer import GradientWatch, StageTrainer
 
 
 class NewStep(TrainerCallback):
@@ -56,7 +56,7 @@ class MomaTrainer(StageTrainer):
         self.core: MomaForCausalLM = self.model
         self.core.balance_window = BalanceWindow()
         self.add_callback(NewStep(self.core.balance_window))
-        self.add_callback(Learning(self.core, self.args.device))
+        self.add_callback(GradientWatch(self.core, self.args.device))
         self._clear()
 
     def _clear(self) -> None:

@@ -28,11 +28,11 @@ from transformers import LlavaProcessor, get_scheduler, set_seed
 
 from mllm.alignment import (
     Aligner,
+    AlignmentBatches,
     AlignmentData,
     AlignSettings,
     CachedStates,
     EncodedRows,
-    Feed,
     Neighbours,
     answered,
     cache_states,
@@ -66,7 +66,7 @@ from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER, check_run
 from train.config import RoutersSection, TrainConfig
 from train.parts import DTYPES, parameter_groups, write_adapter
-from train.run import prepare_folder, suit_cpu
+from train.run import prepare_folder, set_up_cpu
 from train.trainer import LOG
 from train.zero import deepspeed_config
 
@@ -137,7 +137,7 @@ def run(config: Config, mixture: Mixture) -> None:
     """
     quieten()
     if not torch.cuda.is_available():
-        suit_cpu()
+        set_up_cpu()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     set_seed(config.run.seed)
     if ranks.is_first():
@@ -315,10 +315,10 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embedding
     """One λ, on DeepSpeed's engine."""
     config = run.config
     steps = config.run.steps or math.ceil(config.run.epochs * run.num_trained / config.run.batch_size)
-    feed = Feed(run.data, neighbours if aligner.settings.needs_neighbours else None)
+    source = AlignmentBatches(run.data, neighbours if aligner.settings.needs_neighbours else None)
     # the same rows on all ranks, so that all have the same scale; targets kept as a table are alive for it
     first = row_order(run.trained_rows, CALIBRATION_BATCHES, config.run.micro_batch_size, config.run.seed)
-    aligner.calibrate(feed.batch(rows) for rows in first)
+    aligner.calibrate(source.batch(rows) for rows in first)
     order = row_order(run.trained_rows, steps, config.run.batch_size, config.run.seed)
     engine = make_engine(config, aligner, steps)
     per_epoch, losses = -(-run.num_trained // config.run.batch_size), []
@@ -326,9 +326,9 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embedding
     bar = tqdm(order, total=steps, desc=f"λ = {aligner.settings.weight:g}", disable=ranks.rank() > 0)
     for step, rows in enumerate(bar):
         if step % per_epoch == 0:
-            begin_epoch(aligner, feed, step // per_epoch, refresh)
+            begin_epoch(aligner, source, step // per_epoch, refresh)
         aligner.progress = step / steps
-        losses.append(take_step(config, engine, feed, rows))
+        losses.append(take_step(config, engine, source, rows))
         if (step + 1) % config.run.log_every == 0 or step + 1 == steps:
             log(run, aligner, step + 1, torch.stack(losses).mean(0))
             losses = []
@@ -347,14 +347,14 @@ def make_engine(config: Config, aligner: Aligner, steps: int) -> deepspeed.DeepS
     return deepspeed.initialize(model=aligner, optimizer=optimizer, lr_scheduler=rate, config=settings)[0]
 
 
-def take_step(config: Config, engine: deepspeed.DeepSpeedEngine, feed: Feed, rows: list[int]) -> Tensor:
+def take_step(config: Config, engine: deepspeed.DeepSpeedEngine, source: AlignmentBatches, rows: list[int]) -> Tensor:
     """One optimizer step of this rank's micro-batches; returns its answer loss and regulariser.
 
     Answers count by their tokens in the whole step, and the engine averages over ranks and micro-batches.
     """
     micro, stride = config.run.micro_batch_size, config.run.micro_batch_size * ranks.size()
     own = [rows[start : start + micro] for start in range(ranks.rank() * micro, len(rows), stride)]
-    batches = [feed.batch(each) for each in own]
+    batches = [source.batch(each) for each in own]
     tokens = sum((batch.labels_BS[:, 1:] != IGNORED).sum() for batch in batches)
     tokens = ranks.summed(tokens.to(engine.device, torch.float64)).item() / (len(batches) * ranks.size())
     taken = []
