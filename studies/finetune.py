@@ -8,13 +8,12 @@ B batch, S sequence, N pictures, P patches, D width of the language model, T sup
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +27,7 @@ from mllm.mole import MoleConfig, RoutingObjective, routing_context, start_route
 from mllm.mole.start import start_rows
 from train.config import OptimSection
 from train.parts import parameter_groups, router_rate_after
+from train.trainer import answer_losses
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def optimise(
     for step, batch_rows in enumerate(schedule.order(range(len(data)) if rows is None else rows)):
         inputs, labels, domains = data.batch(batch_rows)
         objective.set_domains(domains)
-        losses_T, _ = answer_losses(model, inputs, labels)
-        loss = losses_T.mean()
+        with study_precision(model):
+            loss = answer_losses(model, inputs | {"use_cache": False}, labels).loss_T.mean()
         (loss + objective.loss()).backward()
         nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
@@ -178,18 +178,14 @@ def optimise(
     return model.eval()
 
 
-def answer_losses(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (fp32, [T]) of each supervised token, and whether it is the most probable one (bool, [T])."""
-    targets, supervised = labels[:, 1:], labels[:, 1:] != IGNORED
-    device = labels.device.type
-    positions = supervised.any(0).nonzero().flatten()
+@contextmanager
+def study_precision(model: nn.Module) -> Iterator[None]:
+    """Forward passes as studies make them: bfloat16 products where the model is, and on a CPU plain attention."""
+    device = next(model.parameters()).device.type
     # On a CPU torch's flash attention takes more time backwards than it saves: a quarter of a whole step.
     attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
     with attention, torch.autocast(device, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-    supervised, targets = supervised[:, positions], targets[:, positions]
-    logits_TV, targets_T = logits[supervised].float(), targets[supervised]
-    return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
+        yield
 
 
 @dataclass(frozen=True)
@@ -219,12 +215,11 @@ def score_answers(
         inputs, labels, domains = data.batch(range(start, min(start + batch_size, len(data))))
         if context is not None:
             context.set_domains(domains)
-        loss_T, right_T = answer_losses(model, inputs, labels)
-        row_T = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
-        tokens_B = torch.bincount(row_T, minlength=len(labels))
-        none_B = torch.zeros(len(labels), device=labels.device)
-        losses.append(none_B.index_add(0, row_T, loss_T) / tokens_B)
-        exact.append(none_B.index_add(0, row_T, right_T.float()) == tokens_B)
+        with study_precision(model):
+            answers = answer_losses(model, inputs | {"use_cache": False}, labels)
+        loss_sum_B, tokens_B = answers.by_row(len(labels))
+        losses.append(loss_sum_B / tokens_B)
+        exact.append(answers.row_T[answers.is_right_T].bincount(minlength=len(labels)) == tokens_B)
         if after_batch is not None:
             after_batch(domains)
     return Scores(torch.cat(losses).cpu().numpy(), torch.cat(exact).cpu().numpy())

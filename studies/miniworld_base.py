@@ -307,7 +307,7 @@ def run_stage(path: Path, module: nn.Module, stage: Stage, seed: int, train: Cal
         return
     start = time.time()
     train()
-    if ranks.rank() == 0:
+    if ranks.is_first():
         save_model(module, path)
         card.write_text(json.dumps({"minutes": round((time.time() - start) / 60, 1), "recipe": recipe}))
 
@@ -350,7 +350,7 @@ def trained_base(plan: dict[str, Stage], work: Path, seed: int) -> tuple[LlavaFo
 def publish(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path, work: Path, card: dict) -> None:
     """Saves the model in bfloat16 and writes its card: seed, plan, minutes, commit and scores. Every rank calls it."""
     world = work / "neutral"
-    if ranks.rank() == 0:
+    if ranks.is_first():
         model.to(torch.bfloat16).save_pretrained(out)
         processor.save_pretrained(out)
         write(world, {"train": 500, "test": 250}, questions=2, seed=card["seed"], neutral=True)

@@ -6,7 +6,6 @@ A study says which jobs there are (`Plan`) and how one is run; `run_all` runs wh
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mllm.common import digests
 from mllm.common.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,8 +30,8 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def digest(values: Any) -> str:
-    """A short name for JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    """The name of a run's settings. Kept runs are found by it: twelve digits, as they have always been."""
+    return digests.digest(values, 12, ensure_ascii=True)
 
 
 @contextmanager

@@ -3,16 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mllm.common import ranks
 from mllm.common.errors import UserError
 from mllm.data.encoded import BadRow
 from mllm.data.mixture import Mixture, most_rows
 from mllm.data.sources import tell_first
-from train.ranks import barrier
 
 BAD_ROWS = "bad_rows.jsonl"
 
@@ -39,11 +39,11 @@ class BadRows(TrainerCallback):
 
         All ranks call it together. Raises UserError on all of them if the mixture allows no more bad rows.
         """
-        met, self.waiting = _over_ranks(self.waiting), []
+        met, self.waiting = list(chain.from_iterable(ranks.all_gathered(self.waiting))), []
         new = {bad.index: {"step": step, **vars(bad)} for bad in met if bad.index not in self.known}
         new = dict(sorted(new.items()))
         self.known |= new
-        if new and _is_first():
+        if new and ranks.is_first():
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
         skipped = [entry["error"] for entry in self.known.values() if entry["action"] == "skipped"]
@@ -62,8 +62,8 @@ class BadRows(TrainerCallback):
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         entries = [entry for line in lines if (entry := _entry(line)) and entry["step"] <= state.global_step]
         self.known = {entry["index"]: entry for entry in entries}
-        barrier()  # every rank has read
-        if _is_first() and lines:
+        ranks.barrier()  # every rank has read
+        if ranks.is_first() and lines:
             text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             self.path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -85,15 +85,3 @@ def _entry(line: str) -> dict | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
-
-
-def _over_ranks(bad_rows: list[BadRow]) -> list[BadRow]:
-    if not dist.is_initialized():
-        return bad_rows
-    parts: list[list[BadRow]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(parts, bad_rows)
-    return [bad for part in parts for bad in part]
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

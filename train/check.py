@@ -1,6 +1,5 @@
 """What can be wrong with a run before it starts: said in a second, before any folder or process group is made."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mllm.build import PROJECTOR_FILE, load_processor, load_window, read_adapter
 from mllm.common.errors import UserError
 from mllm.common.folders import check_writable
 from mllm.common.precision import lacks_bf16
+from mllm.common.ranks import is_first
 from mllm.data.check import check_mixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.data.sources import tell_first
@@ -58,7 +58,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     if config.stage == "instruct" and starts_from_adapter(config.model):
         check_domains(read_adapter_config(start), mixture)
     check_domains(adapter, mixture)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         window = load_window(config.model.path) or data.max_length
         check_rows(mixture, ConversationEncoder(processor, min(data.max_length, window)))
     return mixture

@@ -16,9 +16,11 @@ ABOVE_ZERO = (
     "r", "lora_alpha", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "head_dim",
 )  # fmt: skip
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # their numbers mean what these fields mean
 SHARES = ("lora_dropout", "attention_dropout")  # in [0, 1)
-# Values that PEFT's annotation does not spell out: pissa_niter_16.
-LOOSE = {"init_lora_weights": bool | str}
+# What PEFT's annotations do not spell out: pissa_niter_16; and that patterns give numbers. A rank that comes as 10.0 or
+# "8" would fail deep inside torch, an alpha that comes as text in the first forward.
+LOOSE = {"init_lora_weights": bool | str, "rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
 
 
 def checked_fields(values: Mapping[str, Any], kind: type, known: list[str], key: str) -> dict[str, Any]:
@@ -47,6 +49,9 @@ def checked_fields(values: Mapping[str, Any], kind: type, known: list[str], key:
             raise UserError(f"{key}.{name}: {said[0].lower()}{said[1:]} (got {value!r})") from None
         except ValueError as error:
             raise UserError(f"{key}.{name}: {error} (got {value!r})") from None
+        inner = checked[name] if name in PATTERNS else {}
+        for part, number in inner.items():
+            check_range(PATTERNS[name], number, f"{key}.{name}.{part}")
         check_range(name, checked[name], f"{key}.{name}")
     return checked
 

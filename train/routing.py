@@ -14,14 +14,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mllm.common import ranks
 from mllm.data.encoded import EncodedMixture
 from mllm.mole import MoleConfig, MoleLayer, RoutingObjective, start_routers
 from mllm.mole.start import Start, start_rows
 from mllm.routing import RoutingStats
 from mllm.routing.watch import RoutingWatch
-from train.ranks import summed, world_size
 
-EYES = ("vision_tower", "multi_modal_projector")  # what embeds pictures
+VISION_MODULES = ("vision_tower", "multi_modal_projector")  # what embeds pictures
 
 
 def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterable[int]) -> Start | None:
@@ -38,14 +38,15 @@ def start_from_domains(model: nn.Module, samples: EncodedMixture, order: Iterabl
     base = model.get_base_model()
     home = base.device
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else home
-    eyes = [part for name, part in base.named_modules() if name.rpartition(".")[2] in EYES]  # the rest may not fit yet
-    for part in eyes:
+    # The language model stays where it is: before ZeRO has split it, it may not fit the GPU.
+    vision = [part for name, part in base.named_modules() if name.rpartition(".")[2] in VISION_MODULES]
+    for part in vision:
         part.to(device)
     pictures_ND = torch.stack([mean_picture(base, samples[row]["pixel_values"].to(device)) for row in rows])
-    for part in eyes:
+    for part in vision:
         part.to(home)
     start = start_routers(model, pictures_ND.to(home), [domains[row] for row in rows])
-    if os.environ.get("RANK", "0") == "0":
+    if ranks.is_first():
         of = f"{config.router_start} ({', '.join(config.expert_domains or [])})"
         told = f"{start.right:.0%} of held-out rows right"
         if start.is_set:
@@ -124,7 +125,7 @@ class RunRouting(TrainerCallback):
         if self.context is None:
             return {}
         entry: dict[str, Any] = {
-            name: (summed(value) / self.batches / world_size()).item() for name, value in self.losses.items()
+            name: (ranks.summed(value) / self.batches / ranks.size()).item() for name, value in self.losses.items()
         }
         self.last = self.stats.all_reduce()
         entry |= self.last.summary()
@@ -163,7 +164,7 @@ class RouterGradients:
         if not self.squares:
             return {}
         squares = [torch.as_tensor(square, dtype=torch.float64, device=device) for square in self.squares.values()]
-        norms = (summed(torch.stack(squares)) / (batches * world_size())).sqrt().tolist()
+        norms = (ranks.summed(torch.stack(squares)) / (batches * ranks.size())).sqrt().tolist()
         self.squares = dict.fromkeys(self.squares, 0.0)
         return dict(zip(self.squares, norms, strict=True))
 

@@ -17,6 +17,7 @@ from transformers import LlavaProcessor, ProgressCallback, TrainingArguments, se
 from transformers.integrations import TensorBoardCallback
 
 from mllm.build import BASE_CARD, write_base_card
+from mllm.common import ranks
 from mllm.common.console import quieten
 from mllm.data.collate import Collator
 from mllm.data.encoded import EncodedMixture
@@ -41,10 +42,10 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     """
     quieten()
     if not torch.cuda.is_available():
-        suit_cpu()
+        set_up_cpu()
     set_seed(config.run.seed)  # adapters start from the same values on every rank
     checkpoint = find_checkpoint(config)
-    if is_first():
+    if ranks.is_first():
         tell_of_checkpoint(config, checkpoint)
     model, processor = build_model(config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
@@ -55,7 +56,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
         start = start_from_domains(model, EncodedMixture(mixture, encoder), mixture.order(config.run.seed, 0))
         learned = config.model_copy(update={"optim": router_rate_after(config.optim, start)})
     steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
-    if is_first():
+    if ranks.is_first():
         show_run(learned, model, mixture, encoder, steps)
         prepare_folder(config, fresh=checkpoint is None, rows=mixture.digest())
     trainer = MllmTrainer(
@@ -72,13 +73,13 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     trainer.add_callback(ProgressLine())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(config.run.output_dir))
-    if is_first():
+    if ranks.is_first():
         if trainer.routing.last.layers:
             Console(highlight=False).print(routing_table(trainer.routing.last))
         print(f"adapter saved in {config.run.output_dir / ADAPTER}", flush=True)
 
 
-def suit_cpu() -> None:
+def set_up_cpu() -> None:
     """Two choices of the libraries that do not serve a CPU.
 
     DeepSpeed's shared-memory reduction needs a compiler, takes a minute to build on the first start, and a start that
@@ -87,11 +88,6 @@ def suit_cpu() -> None:
     """
     deepspeed.ops.__compatible_ops__ = {}
     torch.backends.cuda.enable_flash_sdp(False)  # the switch counts for the CPU's flash attention too
-
-
-def is_first() -> bool:
-    """Whether this is rank 0."""
-    return int(os.environ["RANK"]) == 0
 
 
 def training_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
@@ -125,7 +121,7 @@ def training_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
 def callbacks(config: TrainConfig) -> list[Any]:
     """What follows the run: the log file and, on rank 0, TensorBoard."""
     followers: list[Any] = [LogFile(config.run.output_dir / LOG)]
-    if config.run.report_to == "tensorboard" and is_first():
+    if config.run.report_to == "tensorboard" and ranks.is_first():
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         followers.append(TensorBoardCallback(SummaryWriter(str(config.run.output_dir / TENSORBOARD))))

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
 
+from mllm.common import ranks
 from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
 from train.bad_rows import BAD_ROWS, BadRows
@@ -29,7 +30,6 @@ from train.check import ADAPTER
 from train.config import TrainConfig
 from train.feed import RunOrder
 from train.parts import gather_adapter, parameter_groups, part_of, trained, write_adapter
-from train.ranks import barrier, summed
 from train.routing import RunRouting
 
 LOG = "train_log.jsonl"
@@ -53,19 +53,19 @@ class StageTrainer(Trainer):
         folder, partial = Path(self.args.output_dir), Path(self.args.output_dir, ".partial")
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        barrier()
+        ranks.barrier()
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(folder)
-        barrier()
+        ranks.barrier()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder / name, ignore_errors=True)
             os.rename(partial / name, folder / name)
             rotate_checkpoints(str(folder), self.config.run.keep)
-        barrier()
+        ranks.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Trainer leaves frozen weights out for a PeftModel only; in stage projector the model is none.
@@ -101,7 +101,7 @@ class MllmTrainer(StageTrainer):
         self.add_callback(self.routing)
         self.bad_rows = BadRows(config.run.output_dir / BAD_ROWS, self.train_dataset.mixture)
         self.add_callback(self.bad_rows)
-        self.add_callback(Learning(self.model, self.args.device))
+        self.add_callback(GradientWatch(self.model, self.args.device))
 
     def get_train_dataloader(self) -> DataLoader:
         """The run's micro-batches for this rank as one epoch, so that Trainer's own skipping resumes exactly."""
@@ -145,12 +145,13 @@ class MllmTrainer(StageTrainer):
         domains, wheres, labels_BS = inputs.pop("domains"), inputs.pop("wheres"), inputs.pop("labels")
         self.bad_rows.add(inputs.pop("bad_rows", []))
         self.routing.before_forward(domains)
-        outputs, loss_sum_B, tokens_B = answer_losses(model, inputs, labels_BS)
+        answers = answer_losses(model, inputs, labels_BS)
+        loss_sum_B, tokens_B = answers.by_row(len(labels_BS))
         loss = loss_sum_B.sum() / num_items_in_batch * self.args.world_size
         loss = loss + self.routing.after_forward(domains) / self.current_gradient_accumulation_steps
         self.figures.add_answers(domains, loss_sum_B, tokens_B)
         stop_if_unusable(loss, tokens_B, wheres)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, answers.outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was gathered since the last entry, at the end of a run too. All ranks call it together."""
@@ -185,19 +186,35 @@ class MllmTrainer(StageTrainer):
             )
 
 
-def answer_losses(model: nn.Module, inputs: dict[str, Any], labels_BS: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """The model's output, and for each row the summed cross-entropy (fp32, [B]) and number ([B]) of its answer tokens.
+class AnswerLosses(NamedTuple):
+    """Of the T supervised tokens of a batch: cross-entropy (fp32, [T]), whether each is the most probable one (bool,
+    [T]), and the row it stands in (int64, [T]); `outputs` is what the model returned.
+    """
+
+    outputs: Any
+    loss_T: Tensor
+    is_right_T: Tensor
+    row_T: Tensor
+
+    def by_row(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Each row's summed loss (fp32, [B]) and number of supervised tokens (int64, [B])."""
+        loss_sum_B = self.loss_T.new_zeros(rows).index_add(0, self.row_T, self.loss_T)
+        return loss_sum_B, self.row_T.bincount(minlength=rows)
+
+
+def answer_losses(model: nn.Module, inputs: dict[str, Any], labels_BS: Tensor) -> AnswerLosses:
+    """The losses of a batch's answer tokens, by one forward.
 
     Logits are made only at positions where some row has a supervised token: answers are short beside pictures, and
     the head is the widest product of a small model and the largest activation of a large one.
     """
-    targets_BS = labels_BS[:, 1:]
-    positions_P = (targets_BS != IGNORED).any(0).nonzero().flatten()
-    targets_BP = targets_BS[:, positions_P]
+    is_answer_BS = labels_BS[:, 1:] != IGNORED
+    positions_P = is_answer_BS.any(0).nonzero().flatten()
     outputs = model(**inputs, logits_to_keep=positions_P)
-    logits_BPV = outputs.logits.float()
-    loss_BP = F.cross_entropy(logits_BPV.transpose(1, 2), targets_BP, ignore_index=IGNORED, reduction="none")
-    return outputs, loss_BP.sum(1), (targets_BP != IGNORED).sum(1)
+    is_answer_BP = is_answer_BS[:, positions_P]
+    logits_TV, targets_T = outputs.logits[is_answer_BP].float(), labels_BS[:, 1:][:, positions_P][is_answer_BP]
+    loss_T = F.cross_entropy(logits_TV, targets_T, reduction="none")
+    return AnswerLosses(outputs, loss_T, logits_TV.argmax(-1) == targets_T, is_answer_BP.nonzero()[:, 0])
 
 
 def stop_if_unusable(loss: Tensor, tokens_B: Tensor, wheres: list[str]) -> None:
@@ -217,7 +234,7 @@ def limit_threads(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-class Learning(TrainerCallback):
+class GradientWatch(TrainerCallback):
     """Stops a run in which a trained tensor had no gradient in all of its first steps.
 
     Seen by hooks that take themselves off: ZeRO leaves no rank a whole gradient to look at. A gradient of zeros counts,
@@ -244,7 +261,7 @@ class Learning(TrainerCallback):
         self.steps += 1
         if self.steps != self.STEPS and (self.steps > self.STEPS or state.global_step < state.max_steps):
             return
-        counts = summed(torch.tensor([float(seen) for seen in self.seen.values()], device=self.device)).tolist()
+        counts = ranks.summed(torch.tensor([float(seen) for seen in self.seen.values()], device=self.device)).tolist()
         dead = [name for name, count in zip(self.seen, counts, strict=True) if not count]
         for handle in self.hooks.values():
             handle.remove()
@@ -284,7 +301,7 @@ class Figures:
 
     def drain(self) -> dict[str, float]:
         """Means since the last call over all ranks, and samples a second."""
-        answers = summed(self.answers.to(self.device)).cpu()
+        answers = ranks.summed(self.answers.to(self.device)).cpu()
         loss_sum, tokens, samples = answers.sum(0).tolist()
         entry = {"answer_loss": loss_sum / tokens}
         for domain, (domain_loss, domain_tokens, _) in zip(self.domains, answers.tolist(), strict=True):

@@ -10,7 +10,7 @@
 """
 
 from mllm.alignment.adapter import load_router_adapter, save_router_adapter
-from mllm.alignment.align import Aligner, AlignmentLoss, AlignSettings, Feed, align_routers
+from mllm.alignment.align import Aligner, AlignmentBatches, AlignmentLoss, AlignSettings, align_routers
 from mllm.alignment.data import AlignmentData, EncodedRows, TokenRows
 from mllm.alignment.embeddings import base_embeddings, embed
 from mllm.alignment.mixing import mixing, neighbours_mean
@@ -23,11 +23,11 @@ from mllm.alignment.vectors import sample_vectors
 __all__ = [
     "AlignSettings",
     "Aligner",
+    "AlignmentBatches",
     "AlignmentData",
     "AlignmentLoss",
     "CachedStates",
     "EncodedRows",
-    "Feed",
     "Neighbours",
     "TokenRows",
     "align_routers",

@@ -5,7 +5,6 @@ The routers take the place of those that are there, so inference costs what it d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from mllm.alignment.align import Aligner
 from mllm.alignment.routes import RoutedLayer, prepare, routed_layers
+from mllm.bases.identity import weight_digest
 from mllm.common.errors import UserError
 from mllm.mole.native_moe import NullRouter
 
@@ -42,7 +42,7 @@ def save_router_adapter(folder: str | Path, aligner: Aligner, *, base: str = "",
         "base": base,
         "adapter": adapter,
         "layers": {layer.name: layer.depth for layer in aligner.layers},
-        "aligned_from": {name: fingerprint(weight) for name, weight in aligner.initial.items()},
+        "aligned_from": {name: weight_digest(weight) for name, weight in aligner.initial.items()},
         "settings": asdict(aligner.settings),
     }
     (draft / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -111,7 +111,7 @@ def _check_same(
                 f"{folder}: {name} is of shape {list(weights[name].shape)}, the model's of {list(parameter.shape)}. "
                 f"Load it on {_origin(card)}."
             )
-        if fingerprint(parameter) != card["aligned_from"][name]:
+        if weight_digest(parameter) != card["aligned_from"][name]:
             raise UserError(
                 f"{folder}: {name} was aligned from other weights than the model's. Load it on {_origin(card)}, as it "
                 "was before alignment."
@@ -127,9 +127,3 @@ def _origin(card: Mapping) -> str:
 
 def _kind(layer: RoutedLayer) -> str:
     return "a native mixture of experts" if isinstance(layer.router, NullRouter) else "a MOLE adapter"
-
-
-def fingerprint(weight: Tensor) -> str:
-    """A short hash of a tensor, rounded to bfloat16: the same for a model loaded in fp32 and in bf16."""
-    rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]

@@ -108,7 +108,7 @@ class AlignmentLoss(NamedTuple):
 
 
 @dataclass
-class Feed:
+class AlignmentBatches:
     """Batches of rows with their neighbours; `ids_NK` are numbers of rows of `data`. `table_NR`: of targets="table"."""
 
     data: AlignmentData
@@ -284,17 +284,17 @@ def align_routers(
         raise UserError("regulariser 'neighbours' needs neighbours: give those that mllm.alignment.nearest found.")
     aligner = Aligner(model, settings)
     rows = list(range(len(data)) if rows is None else rows)
-    feed = Feed(data, neighbours if settings.needs_neighbours else None)
+    source = AlignmentBatches(data, neighbours if settings.needs_neighbours else None)
     first = row_order(rows, min(steps, CALIBRATION_BATCHES), batch_size, seed)
-    aligner.calibrate(feed.batch(batch) for batch in first)
+    aligner.calibrate(source.batch(batch) for batch in first)
     optimizer = torch.optim.AdamW(aligner.trained().values(), lr=lr, weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, steps // 10)))
     per_epoch = -(-len(rows) // batch_size)
     for step, batch in enumerate(row_order(rows, steps, batch_size, seed)):
         if step % per_epoch == 0:
-            begin_epoch(aligner, feed, step // per_epoch, refresh)
+            begin_epoch(aligner, source, step // per_epoch, refresh)
         aligner.progress = step / steps
-        losses = aligner(feed.batch(batch))
+        losses = aligner(source.batch(batch))
         losses.loss.backward()
         nn.utils.clip_grad_norm_(aligner.trained().values(), 1.0)
         optimizer.step()
@@ -306,12 +306,12 @@ def align_routers(
 
 
 def begin_epoch(
-    aligner: Aligner, feed: Feed, epoch: int, refresh: Callable[[Aligner, int], Neighbours] | None = None
+    aligner: Aligner, source: AlignmentBatches, epoch: int, refresh: Callable[[Aligner, int], Neighbours] | None = None
 ) -> None:
     """Neighbours anew where asked for, and with targets="table" the vectors as they are now."""
-    if epoch and refresh is not None and feed.neighbours is not None:
-        feed.neighbours = refresh(aligner, epoch)
-    if aligner.settings.targets == "table" and feed.neighbours is not None:
-        feed.table_NR = sample_vectors(
-            aligner.model, feed.data, aligner.layers, token=aligner.settings.token, space=aligner.settings.space
+    if epoch and refresh is not None and source.neighbours is not None:
+        source.neighbours = refresh(aligner, epoch)
+    if aligner.settings.targets == "table" and source.neighbours is not None:
+        source.table_NR = sample_vectors(
+            aligner.model, source.data, aligner.layers, token=aligner.settings.token, space=aligner.settings.space
         )

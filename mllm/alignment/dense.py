@@ -18,11 +18,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from mllm.alignment.routes import RoutedLayer, decoder_layers, routing_context
+from mllm.alignment.routes import RoutedLayer, decoder_layers
 from mllm.common.errors import UserError
 from mllm.mole import MoleLinear
 from mllm.mole.native_moe import NullRouter
-from mllm.routing import Routing
+from mllm.routing import Routing, routing_context
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mllm import mole
 from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
 from mllm.mole import MoleLayer, native_moe
-from mllm.routing import Routing, RoutingContext
+from mllm.routing import Routing, RoutingContext, routing_context
 
 TOKENS = ("last", "first", "middle", "last3", "mean")
 SPACES = ("probs", "logits")
@@ -56,11 +55,6 @@ def prepare(model: nn.Module) -> nn.Module:
     if routing_context(model) is None:
         native_moe.add_null_experts(model, num_null_experts=0)
     return model
-
-
-def routing_context(model: nn.Module) -> RoutingContext | None:
-    """The RoutingContext of a MOLE adapter or of a native mixture of experts; None for any other model."""
-    return mole.routing_context(model) or native_moe.routing_context(model)
 
 
 def routed_layers(model: nn.Module, layers: int | Sequence[int] = 5) -> list[RoutedLayer]:

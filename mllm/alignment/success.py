@@ -26,7 +26,7 @@ from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.recipe import Recipe
-from mllm.inference.answering import Journal, answer_all
+from mllm.inference.answering import ResumableAnswers, answer_all
 from mllm.inference.evaluate import code_stamp, template_of
 from mllm.inference.generate import evaluating
 
@@ -49,11 +49,11 @@ def answered(
         conversations, split=path.stem, template=template_of(processor), decoding=f"greedy, {max_new_tokens} tokens"
     )
     origin = {"prompt, template or decoding": recipe.asked, "model": stamp, "code": code_stamp()}
-    journal = None
-    if ranks.rank() == 0:
-        journal = Journal(path, origin, model_id=path.stem, recipe=recipe, fresh=False)
+    answers_file = None
+    if ranks.is_first():
+        answers_file = ResumableAnswers(path, origin, model_id=path.stem, recipe=recipe, fresh=False)
     sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    return answer_all(model, processor, conversations, journal, **sizes)[0]
+    return answer_all(model, processor, conversations, answers_file, **sizes)[0]
 
 
 def successful(answers: Sequence[Answer], *, least_grade: float = 1.0) -> Tensor:

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mllm.alignment.data import AlignmentData, Batch, padded
-from mllm.alignment.routes import decoder_layers, routing_context, unwrapped
+from mllm.alignment.routes import decoder_layers, unwrapped
 from mllm.common.errors import UserError
 from mllm.data.template import IGNORED
+from mllm.routing import routing_context
 
 HIDDEN, FIRST = "hidden_BSD", "first_layer"  # keys of a batch that starts inside the model
 PICTURE = "picture_BD"  # and, where routers read it, what they are told of the rows' pictures

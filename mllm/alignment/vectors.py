@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm.alignment.data import AlignmentData
-from mllm.alignment.routes import RoutedLayer, chosen_tokens, routing_context, routing_vectors
+from mllm.alignment.routes import RoutedLayer, chosen_tokens, routing_vectors
 from mllm.alignment.tail import run
+from mllm.routing import routing_context
 
 
 @torch.no_grad()

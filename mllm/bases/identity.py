@@ -66,6 +66,12 @@ def sampled(tensor: Tensor) -> Tensor:
     return flat.to(torch.bfloat16, copy=True)  # never a view of what is trained
 
 
+def weight_digest(weight: Tensor) -> str:
+    """Sixteen digits for a whole tensor rounded to bfloat16: the same for a model loaded in fp32 and in bf16."""
+    rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]  # numpy has no bfloat16
+
+
 def base_samples(model: PreTrainedModel | PeftModel) -> dict[str, dict[str, Tensor]]:
     """Part -> tensor's name -> its samples, on the CPU; of what is no LLaVA all is the part "model".
 

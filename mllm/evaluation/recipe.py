@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from mllm.common.digests import digest
 from mllm.data.conversation import Conversation
 from mllm.evaluation.metrics import DEFAULT_METRIC, SCORER_VERSION
 
@@ -42,7 +41,7 @@ class Recipe:
         """The recipe of answers to these questions, asked by us."""
         return replace(
             cls.of_answers(rows, split=split),
-            prompt=digest([_as_asked(row), [path.name for path in row.images]] for row in rows),
+            prompt=digest([[_as_asked(row), [path.name for path in row.images]] for row in rows]),
             template=template and digest([template]),
             decoding=decoding,
         )
@@ -54,7 +53,7 @@ class Recipe:
             set=", ".join(sorted({row.source for row in rows})),
             split=split,
             n=len(rows),
-            rows=digest([row.source, row.id, row.metric or DEFAULT_METRIC, row.answers] for row in rows),
+            rows=digest([[row.source, row.id, row.metric or DEFAULT_METRIC, row.answers] for row in rows]),
         )
         if known is None:
             return recipe
@@ -88,12 +87,6 @@ class Recipe:
 def _as_asked(row: Conversation) -> list[list[str]]:
     turns = row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns
     return [[turn.role, turn.text] for turn in turns]
-
-
-def digest(parts: Iterable[Any]) -> str:
-    """Ten hexadecimal digits for plain values."""
-    text = json.dumps(list(parts), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
 def describe(recipe: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from mllm.mole import routing_context
 from mllm.routing.stats import RoutingStats, Sums
 
 
-class Journal:
+class ResumableAnswers:
     """Answers as they come: <arm>.jsonl, in the order of the batches, and <arm>.resume.pt, which says what they are
     answers of, which rows are done, and how their prompts were routed.
 
@@ -104,7 +104,7 @@ def answer_all(
     model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
     rows: Sequence[Conversation],
-    journal: Journal | None,
+    answers_file: ResumableAnswers | None,
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -113,12 +113,12 @@ def answer_all(
     """Every row's answer, in order, and the routing of the prompts, on every rank; all ranks call it together.
 
     Args:
-        journal: of the first rank, where everything is kept as it comes; None on the others.
+        answers_file: of the first rank, where everything is kept as it comes; None on the others.
 
     Raises:
         UserError: as `mllm.inference.generate.answer`.
     """
-    done = ranks.shared(set(journal.replies) if journal else None)
+    done = ranks.shared(set(answers_file.replies) if answers_file else None)
     batches = [
         left for batch in plan_batches(rows, processor, batch_size) if (left := [r for r in batch if r not in done])
     ]
@@ -127,15 +127,17 @@ def answer_all(
         model, processor, rows, batches[ranks.rank() :: ranks.size()], max_new_tokens=max_new_tokens, blank=blank,
         on_batch=lambda domains: prompted.append(_routing_of(model, domains)),
     )  # fmt: skip
-    with tqdm(total=len(rows), initial=len(done), unit=" questions", desc="answering", disable=journal is None) as bar:
+    with tqdm(
+        total=len(rows), initial=len(done), unit=" questions", desc="answering", disable=answers_file is None
+    ) as bar:
         for start in range(0, len(batches), ranks.size()):
             round_of = batches[start : start + ranks.size()]
             mine = (next(answered), prompted.pop()) if ranks.rank() < len(round_of) else None
             for batch, (texts, stats) in zip(round_of, ranks.gathered(mine) or [], strict=False):
-                journal.add(batch, collect_answers([rows[row] for row in batch], texts), stats)
+                answers_file.add(batch, collect_answers([rows[row] for row in batch], texts), stats)
                 bar.update(len(batch))
     answered.close()
-    replies, stats = ranks.shared((journal.replies, journal.stats) if journal else None)
+    replies, stats = ranks.shared((answers_file.replies, answers_file.stats) if answers_file else None)
     return collect_answers(rows, [replies[row] for row in range(len(rows))]), stats
 
 
@@ -149,5 +151,5 @@ def _routing_of(model: PreTrainedModel | PeftModel, domains: Sequence[str]) -> R
 
 def say(text: str) -> None:
     """To whoever watches, once for all ranks."""
-    if ranks.rank() == 0:
+    if ranks.is_first():
         Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

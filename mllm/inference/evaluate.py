@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mllm.build import load, resolve
 from mllm.common import ranks
 from mllm.common.console import quieten
+from mllm.common.digests import digest
 from mllm.common.errors import UserError
 from mllm.common.folders import check_writable
 from mllm.common.provenance import provenance
@@ -21,10 +22,10 @@ from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.evaluation.answers import Answer
 from mllm.evaluation.questions import read_questions
-from mllm.evaluation.recipe import Recipe, digest
+from mllm.evaluation.recipe import Recipe
 from mllm.evaluation.report import Arm, build_report, write_report
 from mllm.evaluation.tables import print_report
-from mllm.inference.answering import Journal, answer_all, say
+from mllm.inference.answering import ResumableAnswers, answer_all, say
 from mllm.inference.generate import own_ends, prompts_for
 from mllm.inference.peers import is_peer, load_peer
 from mllm.mole import routing_context
@@ -80,7 +81,7 @@ def evaluate_arms(
             for name, (path, adapter) in models.items()
         }  # fmt: skip
         report = None
-        if ranks.rank() == 0:
+        if ranks.is_first():
             report = build_report(arms, known)
             report["about"] = {
                 "model": str(model),
@@ -198,13 +199,13 @@ def answer_arm(
             "model": stamp(model_path, adapter),
             "code": code_stamp(),
         }
-        journal = None
-        if ranks.rank() == 0:
-            journal = Journal(path, origin, model_id=title, recipe=asked, fresh=fresh)
-            if journal.replies:
-                say(f"{title}: {len(journal.replies)} of {len(rows)} were answered before")
+        answers_file = None
+        if ranks.is_first():
+            answers_file = ResumableAnswers(path, origin, model_id=title, recipe=asked, fresh=fresh)
+            if answers_file.replies:
+                say(f"{title}: {len(answers_file.replies)} of {len(rows)} were answered before")
         sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        return answer_all(model, processor, rows, journal, blank=blank, **sizes)
+        return answer_all(model, processor, rows, answers_file, blank=blank, **sizes)
 
     answers, stats = answered(blank=False)
     return Arm(
@@ -235,7 +236,7 @@ def decoding_of(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, m
 def stamp(*paths: str | Path | None) -> str:
     """Changes when a file of these folders or bases does; of a hub id, the name is all there is to go by."""
     folders = [resolve(path) for path in paths if path is not None]
-    return digest([path if not Path(path).is_dir() else "", *_file_stamps(Path(path))] for path in folders)
+    return digest([[path if not Path(path).is_dir() else "", *_file_stamps(Path(path))] for path in folders])
 
 
 def _file_stamps(folder: Path) -> list[tuple[str, int, int]]:

@@ -4,9 +4,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from mllm.mole.config import PEFT_TYPE, MoleConfig
 from mllm.mole.layer import MoleBlock, MoleLayer, MoleLinear
-from mllm.mole.model import BiasBalance, MoleModel, routing_context, routing_loss
+from mllm.mole.model import BiasBalance, MoleModel, routing_loss
 from mllm.mole.objective import RoutingLossMixin, RoutingObjective
 from mllm.mole.start import start_routers
+from mllm.routing import routing_context
 
 __all__ = [
     "BiasBalance",

@@ -222,7 +222,8 @@ class MoleConfig(PeftConfig):
             raise UserError(f"MoleConfig.r={self.r} must name the expert groups: {', '.join(layout.groups)}.")
         if self.shared_a and len(set(self.ranks)) > 1:
             raise UserError(f"MoleConfig.shared_a needs one rank for all experts, got r={self.r}.")
-        has_nulls, learns = layout.num_null_experts > 0, find_router(self.router).learns
+        router = find_router(self.router)
+        has_nulls, learns, options = layout.num_null_experts > 0, router.learns, router.options
         refused = {
             "real_share needs num_null_experts": self.real_share is not None and not has_nulls,
             "real_share must be below 1 with null experts; set num_null_experts=0 instead": has_nulls
@@ -231,8 +232,13 @@ class MoleConfig(PeftConfig):
             and layout.is_grouped
             and set(layout.nulls) != set(MODALITIES),
             'null_logits="shared" needs num_null_experts': self.null_logits == "shared" and not has_nulls,
-            'modality_prior needs router="learned"': self.modality_prior and not learns,
-            'router_jitter needs router="learned"': self.router_jitter > 0 and not learns,
+            'modality_prior needs router="learned"': self.modality_prior
+            and not (learns and "modality_prior" in options),
+            'router_jitter needs router="learned"': self.router_jitter > 0 and not (learns and "jitter" in options),
+            f"router={self.router!r} has no null_logits": self.null_logits == "shared" and "null_logits" not in options,
+            f"router={self.router!r} has no start from clusters of pictures": self.router_start == "clusters"
+            and learns
+            and not router.is_linear,
             'expert_domains needs router="oracle_domain", or one that learns': bool(self.expert_domains)
             and self.router != "oracle_domain"
             and not learns,
@@ -259,7 +265,7 @@ class MoleConfig(PeftConfig):
             )
             and self.top_k == 1
             and self.gate == "softmax",
-            f"router={self.router!r} decides by rule and has no router_temperature": self.is_fixed
+            f"router={self.router!r} has no router_temperature": "temperature" not in options
             and self.router_temperature != 1,
             f"router={self.router!r} does not learn, so z_loss_weight must be 0": not learns and self.z_loss_weight > 0,
             'real_share is an aim of balance, so balance must not be "none" or weigh nothing': self.real_share
@@ -315,7 +321,12 @@ class MoleConfig(PeftConfig):
     @property
     def starts_from_pictures(self) -> bool:
         """Whether `start_routers` has something to set."""
-        reads = self.learns and self.router_reads != "token" and self.router_input == "block"
+        reads = (
+            self.learns
+            and find_router(self.router).is_linear
+            and self.router_reads != "token"
+            and self.router_input == "block"
+        )
         return reads and (
             self.router_start == "clusters" or (self.router_start == "domains" and bool(self.expert_domains))
         )

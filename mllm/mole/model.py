@@ -36,13 +36,13 @@ class MoleModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _pre_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
-        self.routing_context = RoutingContext(_image_token_id(model))
+        self._routing_context = RoutingContext(_image_token_id(model))
 
     def _post_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
         remembers = config.router_reads in ("picture", "both")
         if hasattr(model, "get_image_features"):
             remembers = remembers or find_router(config.router).counts_patches
-        self.routing_context.attach(model, remembers=remembers, has_losses=config.has_losses)
+        self._routing_context.attach(model, remembers=remembers, has_losses=config.has_losses)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, with a routing context for what is put in. Raises UserError for a model with an adapter."""
@@ -106,7 +106,7 @@ class MoleModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        targets, context = self._targets, self.routing_context
+        targets, context = self._targets, self._routing_context
         if current_key in targets.blocks:
             layer = targets.blocks[current_key]
             new_module: MoleLayer = MoleBlock(target, adapter_name, peft_config, context, layer)
@@ -133,7 +133,7 @@ class MoleModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without anything of MOLE, its own modules back in place."""
-        self.routing_context.detach(self.model)
+        self._routing_context.detach(self.model)
         return super().unload()
 
 
@@ -157,27 +157,6 @@ def _image_token_id(model: nn.Module) -> int | None:
 def routed_modules(model: nn.Module) -> Iterator[MoleBlock | MoleLinear]:
     """The modules that hold a router."""
     return (module for module in model.modules() if isinstance(module, MoleLayer) and module.layer is not None)
-
-
-def routing_context(model: nn.Module) -> RoutingContext | None:
-    """The RoutingContext of a model with MOLE, however wrapped (PEFT, DeepSpeed, DDP); None for a model without.
-
-    Its `routings` are those of this thread's last forward, with `[T, X]` probabilities and `[T, K]` picks a layer.
-
-    Example:
-        >>> import torch, mllm, peft
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
-        >>> mllm.routing_context(base) is None
-        True
-        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
-        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
-        >>> mllm.routing_context(model).stack("router_probs_TX").shape  # layers, tokens, experts
-        torch.Size([1, 10, 3])
-    """
-    module = next(routed_modules(model), None)
-    return None if module is None else module.routing_context
 
 
 def routing_loss(

@@ -25,7 +25,6 @@ T = B·S tokens, D width, E real experts, m null experts, X = E + m (ids E .. X-
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,8 +39,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mllm.bases.identity import weight_digest
 from mllm.common.errors import UserError
 from mllm.routing import BALANCE_LOSSES, BalanceWindow, ExpertLayout, Routing, RoutingContext, Target
+from mllm.routing import routing_context as routing_context  # belongs to what a model with null experts can be asked
 
 CONFIG_FILE = "null_experts.json"
 WEIGHTS_FILE = "null_experts.safetensors"
@@ -105,7 +106,7 @@ class NullRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.family, self.config, self.routing_context, self.layer = _family(router), config, context, layer
-        self.base_fingerprint = _fingerprint(router.weight)
+        self.base_fingerprint = weight_digest(router.weight)
         self.num_experts, self.top_k = router.num_experts, config.top_k
         self.scaling = getattr(router, "routed_scaling_factor", 1.0)
         self.num_groups, self.kept_groups = _groups(router)
@@ -262,8 +263,8 @@ def _refuse_router_logits(decoder: PreTrainedModel, args: tuple, kwargs: dict[st
     if kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
         raise UserError(
             "output_router_logits=True was asked of a model with null experts. transformers' balance loss knows real "
-            "experts only and would be silently wrong. Leave it off, and add mllm.native_moe.balance_loss(model) to "
-            "the loss; router logits are in routing_context(model).routings."
+            "experts only and would be silently wrong. Leave it off, and add mllm.mole.native_moe.balance_loss(model) "
+            "to the loss; router logits are in routing_context(model).routings."
         )
 
 
@@ -360,11 +361,6 @@ def _check_config(config: NullExpertsConfig, router: nn.Module, init: str) -> No
 def _routers(model: nn.Module) -> dict[str, NullRouter]:
     """Layer -> router, however the model is wrapped (PEFT, DeepSpeed, DDP)."""
     return {module.layer: module for module in model.modules() if isinstance(module, NullRouter)}
-
-
-def routing_context(model: nn.Module) -> RoutingContext | None:
-    """The RoutingContext of a model with null experts, however wrapped; None for a model without."""
-    return next((router.routing_context for router in _routers(model).values()), None)
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -465,7 +461,7 @@ def load_null_experts(model: PreTrainedModel, folder: str | Path) -> RoutingCont
     blocks = _moe_blocks(model)
     try:
         config, tensors = NullExpertsConfig(**card["config"]), load_file(folder / WEIGHTS_FILE)
-        _check_base({layer: _fingerprint(block.gate.weight) for layer, block in blocks.items()}, card["base"])
+        _check_base({layer: weight_digest(block.gate.weight) for layer, block in blocks.items()}, card["base"])
     except (KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as save_null_experts wrote it: {error}") from error
     _check_tensors(folder, tensors, config, blocks)
@@ -475,12 +471,6 @@ def load_null_experts(model: PreTrainedModel, folder: str | Path) -> RoutingCont
             for name, tensor in router.named_parameters():
                 tensor.copy_(tensors[f"{layer}.{name}"])
     return context
-
-
-def _fingerprint(weight_ED: Tensor) -> str:
-    # In bfloat16, so that a base loaded in float32 and in bfloat16 is the same one.
-    rounded_ED = weight_ED.detach().to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(rounded_ED.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 def _check_tensors(

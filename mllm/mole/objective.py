@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mllm.mole.model import BiasBalance, routing_context, routing_loss
-from mllm.routing import BalanceWindow
+from mllm.mole.model import BiasBalance, routing_loss
+from mllm.routing import BalanceWindow, routing_context
 
 
 class RoutingObjective:

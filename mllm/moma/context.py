@@ -1,6 +1,6 @@
 """The RoutingContext of a Moma model: modality by range of ids, the routing mode, and what experts chose.
 
-B batch, S sequence, T = B·S tokens.
+B batch, S sequence, T = B·S tokens, E experts.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mllm.moma.expert_choice import ExpertChoice
-from mllm.routing import RoutingContext, Tokens
+from mllm.routing import Routing, RoutingContext, Tokens
 from mllm.routing.context import of_tokens
 
 
@@ -26,6 +26,34 @@ class MomaTokens(Tokens):
 
     mode: str = "token"
     document_BS: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """What one router's experts chose. Logits and scores are fp32, -inf and 0 where the modality is not the expert's.
+
+    `cutoff_E`: lowest score that was chosen, of all ranks where they choose together; inf where nothing was chosen,
+    None where the batch did not choose. `auxiliary_logits_TE`: None where auxiliary routers had nothing to do.
+    """
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+    is_open_TE: Tensor
+    is_chosen_TE: Tensor
+    cutoff_E: Tensor | None = None
+    auxiliary_logits_TE: Tensor | None = None
+
+    def routing(self) -> Routing:
+        """The same as a Routing with one slot for each expert; `router_probs_TX` are the scores over their sum."""
+        num_experts = self.scores_TE.shape[1]
+        return Routing(
+            router_logits_TX=self.logits_TE,
+            router_probs_TX=self.scores_TE / self.scores_TE.sum(1, keepdim=True).clamp(min=1e-12),
+            expert_ids_TK=torch.arange(num_experts, device=self.scores_TE.device).expand_as(self.scores_TE),
+            is_taken_TK=self.is_chosen_TE,
+            expert_weights_TK=self.scores_TE * self.is_chosen_TE,
+            num_experts=num_experts,
+        )
 
 
 class MomaContext(RoutingContext):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 from mllm.common.errors import UserError
-from mllm.moma.expert_choice import ChoiceRouter, ExpertChoice
+from mllm.moma.context import ExpertChoice
+from mllm.moma.expert_choice import ChoiceRouter
 from mllm.moma.modeling import DenseFFN, MomaDecoderLayer, MomaForCausalLM
 from mllm.routing import TokenRouter
 from mllm.routing.cost import Cost, linear_flops, picks_E

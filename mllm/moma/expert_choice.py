@@ -7,20 +7,15 @@ expert's modality, it is not padding, and, in a layer with mixture of depths, th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm.routing import MODALITIES, ExpertLayout, Routing
+from mllm.moma.context import ExpertChoice, MomaTokens
+from mllm.routing import MODALITIES, ExpertLayout
 from mllm.routing.layout import ALL, SHARED
 from mllm.routing.routers.base import KeepsFp32, without_autocast
-
-if TYPE_CHECKING:
-    from mllm.moma.context import MomaTokens
 
 MODES = {
     "batch": "expert choice over the training batch",
@@ -91,34 +86,6 @@ def all_ranks(scores_TE: Tensor, is_open_TE: Tensor) -> tuple[Tensor, Tensor, sl
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExpertChoice:
-    """What one router's experts chose. Logits and scores are fp32, -inf and 0 where the modality is not the expert's.
-
-    `cutoff_E`: lowest score that was chosen, of all ranks where they choose together; inf where nothing was chosen,
-    None where the batch did not choose. `auxiliary_logits_TE`: None where auxiliary routers had nothing to do.
-    """
-
-    logits_TE: Tensor
-    scores_TE: Tensor
-    is_open_TE: Tensor
-    is_chosen_TE: Tensor
-    cutoff_E: Tensor | None = None
-    auxiliary_logits_TE: Tensor | None = None
-
-    def routing(self) -> Routing:
-        """The same as a Routing with one slot for each expert; `router_probs_TX` are the scores over their sum."""
-        num_experts = self.scores_TE.shape[1]
-        return Routing(
-            router_logits_TX=self.logits_TE,
-            router_probs_TX=self.scores_TE / self.scores_TE.sum(1, keepdim=True).clamp(min=1e-12),
-            expert_ids_TK=torch.arange(num_experts, device=self.scores_TE.device).expand_as(self.scores_TE),
-            is_taken_TK=self.is_chosen_TE,
-            expert_weights_TK=self.scores_TE * self.is_chosen_TE,
-            num_experts=num_experts,
-        )
 
 
 class AuxiliaryRouter(KeepsFp32):

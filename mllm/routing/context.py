@@ -257,7 +257,7 @@ class RoutingContext:
             self._hooks.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
 
     def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.see(kwargs.get("inputs_embeds"))
+        self.read_embeddings(kwargs.get("inputs_embeds"))
 
     def detach(self, model: nn.Module) -> None:
         """Stop following the model."""
@@ -337,7 +337,7 @@ class RoutingContext:
             self._recall(forward, cache)
 
     def _recall(self, forward: Forward, cache: Any) -> None:
-        """What the cache knows of the rows: of their patches at once, of their looks when they are seen (`see`)."""
+        """What the cache knows of the rows: of their patches at once, of their embeddings in `read_embeddings`."""
         tokens, forward.past = forward.tokens, past_length(cache)
         past = find_past(cache)
         if past is not None:
@@ -355,7 +355,7 @@ class RoutingContext:
             )
         tokens.patches_before_B = forward.rows.get("patches_B")
 
-    def see(self, inputs_embeds: Tensor | None) -> None:
+    def read_embeddings(self, inputs_embeds: Tensor | None) -> None:
         """Take what enters the language model, [B, S, D]; None where it embeds the tokens itself: then no pictures."""
         forward = self._thread.running
         if forward is None or forward.tokens.picture_BD is not None:
@@ -420,7 +420,7 @@ class RoutingContext:
         if thread.recomputed is not None:
             return thread.recomputed
         if thread.running is None and in_backward():
-            return Untold()
+            return UnknownTokens()
         return self.tokens_class() if self.forward is None else self.forward.tokens
 
     def carry(self, model: nn.Module) -> None:
@@ -517,15 +517,40 @@ class RoutingContext:
 CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
+def routing_context(model: nn.Module) -> RoutingContext | None:
+    """The RoutingContext of a model with routers of ours, however wrapped (PEFT, DeepSpeed, DDP); None for one without.
+
+    Of a MOLE adapter, of a native mixture of experts with null experts, or of a Moma model.
+
+    Its `routings` are those of this thread's last forward, with `[T, X]` probabilities and `[T, K]` picks a layer.
+
+    Example:
+        >>> import torch, mllm, peft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> mllm.routing_context(base) is None
+        True
+        >>> model = peft.get_peft_model(base, mllm.MoleConfig(r=2, num_experts=3))
+        >>> output = model(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> mllm.routing_context(model).stack("router_probs_TX").shape  # layers, tokens, experts
+        torch.Size([1, 10, 3])
+    """
+    for module in model.modules():
+        if isinstance(context := getattr(module, "routing_context", None), RoutingContext):
+            return context
+    return None
+
+
 def in_backward() -> bool:
     """Whether this thread runs a backward pass, so that a forward is a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
-class Untold:
+class UnknownTokens:
     """Stands for the tokens of a recomputation that nobody could tell. Routers that ask for none do not mind."""
 
-    def on(self, device: torch.device) -> Untold:
+    def on(self, device: torch.device) -> UnknownTokens:
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -45,7 +45,7 @@ class Routing:
     `router_logits_TX` are raw, -inf where the token may not go; `router_probs_TX` their softmax. `expert_ids_TK` are
     the K picks, best first; `is_taken_TK` is False for a slot that was left empty (top-p, random dropping).
     `expert_weights_TK` is the factor a pick enters the output with: 0 for empty slots and null picks (but for
-    identity nulls of `mllm.native_moe`).
+    identity nulls of `mllm.mole.native_moe`).
     """
 
     router_logits_TX: Tensor

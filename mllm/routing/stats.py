@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllm.common import ranks
 from mllm.common.errors import UserError
 from mllm.routing.context import RoutingContext
 from mllm.routing.layout import MODALITIES
@@ -154,12 +154,8 @@ class RoutingStats:
 
     def all_reduce(self) -> RoutingStats:
         """The sums of all ranks as a new RoutingStats; self is unchanged. All ranks must call it together."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.merge(RoutingStats())
-        parts: list[RoutingStats] = [RoutingStats()] * dist.get_world_size()
-        dist.all_gather_object(parts, self)
         total = RoutingStats()
-        for part in parts:
+        for part in ranks.all_gathered(self):
             total = total.merge(part)
         return total
 

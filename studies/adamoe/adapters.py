@@ -24,9 +24,10 @@ from mllm.data.template import IGNORED
 from mllm.mole import MoleConfig, routing_context
 from mllm.routing import RoutingStats
 from studies.adamoe.runs import Arm, Measured, Tokens
-from studies.finetune import CachedSet, Schedule, answer_losses, cache, finetune
+from studies.finetune import CachedSet, Schedule, cache, finetune, study_precision
 from studies.runner import locked
 from train.config import OptimSection
+from train.trainer import answer_losses
 
 FRAME = {"r": 4, "lora_alpha": 8, "num_experts": 4, "gate": "softmax", "target_modules": [], "modules_to_save": []}
 # AdaMoE's own pairs for four experts: 1.78, 1.45 and 1.23 real picks where routing is even.
@@ -112,7 +113,9 @@ def measure(model: nn.Module, data: CachedSet, log_frequency_V: np.ndarray, *, b
     for start in range(0, len(data), batch_size):
         inputs, labels, domains = data.batch(range(start, min(start + batch_size, len(data))))
         context.set_domains(domains)
-        loss_N, right_N = answer_losses(model, inputs, labels)
+        with study_precision(model):
+            answers = answer_losses(model, inputs | {"use_cache": False}, labels)
+        loss_N, right_N = answers.loss_T, answers.is_right_T
         stats.update(context)
         row_N, place_N = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         tokens_B = row_N.bincount(minlength=len(labels))

@@ -20,8 +20,7 @@ from mllm.moma.stream import PackedRows, pack
 from studies.moma.arms import ARMS, DENSE, MAIN, SCALES, arm_model
 from studies.runner import RunFolder, digest, locked, run_all
 from train.moma.config import MomaModelSection, StreamSection
-from train.moma.data import digest as data_digest
-from train.moma.data import held_out_documents, training_rows
+from train.moma.data import data_digest, held_out_documents, training_rows
 from train.moma.model import build_processor
 
 SWEEP_SEED = 1000

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from mllm.alignment import CachedStates, EncodedRows, base_embeddings, cache_states, routed_layers, score
 from mllm.alignment.embeddings import centred
 from mllm.build import load, resolve
+from mllm.common.digests import digest
 from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.sources import Source
-from mllm.evaluation.recipe import digest
 from studies.roma.runs import Sizes, Task
 from studies.runner import locked
 

@@ -12,10 +12,11 @@ from mllm.data.sources import Source
 from mllm.data.template import ConversationEncoder
 from mllm.inference.generate import answer
 from mllm.mole import MoleConfig
-from studies.finetune import Schedule, answer_losses, cache, finetune, score_answers
+from studies.finetune import Schedule, cache, finetune, score_answers
 from tests.tiny import tiny_image, tiny_llava
 from train.config import OptimSection
 from train.parts import parameter_groups
+from train.trainer import answer_losses
 
 COLOURS = ("red", "green", "blue")
 FAST = Schedule(steps=100, batch_size=7, optim=OptimSection(lr=5e-3, warmup_ratio=0.0))
@@ -64,7 +65,7 @@ def test_cached_embeddings_give_the_loss_of_the_pictures(rows):
         )
         inputs, cached_labels, _ = data.batch([row])
         assert torch.equal(cached_labels, labels)
-        torch.testing.assert_close(answer_losses(model, inputs, labels)[0].mean(), wanted)
+        torch.testing.assert_close(answer_losses(model, inputs, labels).loss_T.mean(), wanted)
 
 
 def test_finetuning_learns_and_leaves_the_base_as_it_was(rows):

@@ -14,7 +14,7 @@ from tests.tiny import tiny_language_model, tiny_tokenizer
 from tests.train.moma_data import write_moma_config
 from train.config import load_config
 from train.moma.config import PictureSection
-from train.moma.data import as_experts, captioned, check_length, digest, held_out_documents, training_rows
+from train.moma.data import as_experts, captioned, check_length, data_digest, held_out_documents, training_rows
 from train.moma.model import build_moma, config_of, rows_seen, write_model
 from train.moma.run import check_moma
 from train.stages import image_tokenizer
@@ -129,12 +129,12 @@ def test_pictures_have_the_share_of_tokens_that_they_have_of_experts(path, prese
 def test_rows_of_another_vocabulary_or_size_of_pictures_are_not_taken(path, monkeypatch):
     config = load_config(path)
     _, processor = build_moma(config)
-    name = digest(config.data, processor)
+    name = data_digest(config.data, processor)
     with monkeypatch.context() as changed:
         changed.setattr(processor.image_tokenizer, "num_tokens", 9)
-        assert digest(config.data, processor) != name
+        assert data_digest(config.data, processor) != name
     wider = MomaProcessor(processor.tokenizer, processor.image_tokenizer, processor.num_words + 64)
-    assert digest(config.data, wider) != name
+    assert data_digest(config.data, wider) != name
 
 
 def test_captions_that_leave_nothing_to_train_on_are_refused(path, tmp_path):
@@ -151,12 +151,12 @@ def test_rows_are_made_once_and_anew_for_other_settings(path):
     config = load_config(path)
     _, processor = build_moma(config)
     rows = training_rows(config.data, processor)
-    folder = config.data.cache / digest(config.data, processor)
+    folder = config.data.cache / data_digest(config.data, processor)
     before = (folder / "train-00000.safetensors").stat().st_mtime_ns
     assert len(training_rows(config.data, processor)) == len(rows)
     assert (folder / "train-00000.safetensors").stat().st_mtime_ns == before
-    assert digest(config.data.model_copy(update={"image_share": 0.25}), processor) != folder.name
-    assert digest(config.data.model_copy(update={"held_out": 3}), processor) == folder.name
+    assert data_digest(config.data.model_copy(update={"image_share": 0.25}), processor) != folder.name
+    assert data_digest(config.data.model_copy(update={"held_out": 3}), processor) == folder.name
 
 
 def test_captions_are_known_by_what_they_say_wherever_they_lie(path, tmp_path):
@@ -166,9 +166,11 @@ def test_captions_are_known_by_what_they_say_wherever_they_lie(path, tmp_path):
     here.write_text("[]")
     there.write_text("[]")
     other.write_text("[ ]")
-    names = [digest(config.data.model_copy(update={"captions": [each]}), processor) for each in (here, there, other)]
+    names = [
+        data_digest(config.data.model_copy(update={"captions": [each]}), processor) for each in (here, there, other)
+    ]
     assert names[0] == names[1] != names[2]
-    assert digest(config.data, processor) not in names
+    assert data_digest(config.data, processor) not in names
 
 
 def test_samples_come_again_in_other_forms_until_there_are_rows_enough(path):

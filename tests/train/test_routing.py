@@ -46,8 +46,8 @@ def forward(model, routing, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The answers' loss of a micro-batch and its routing loss."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
     routing.before_forward(batch["domains"])
-    _, loss_sum_B, _ = answer_losses(model, inputs, batch["labels"])
-    return loss_sum_B.sum(), routing.after_forward(batch["domains"])
+    answers = answer_losses(model, inputs, batch["labels"])
+    return answers.loss_T.sum(), routing.after_forward(batch["domains"])
 
 
 def begin_step(routing, step=0) -> None:

@@ -1,5 +1,6 @@
 """Every setting of every section refuses what it cannot mean, by its key, before anything is loaded. Generated."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,3 +173,17 @@ def test_a_whole_number_may_be_written_with_an_exponent_or_in_quotes():
     for alpha in (16.0, "16", "1.6e1"):
         assert make_adapter({"type": "lora", "lora_alpha": alpha}, "model.adapter").lora_alpha == 16
         assert make_adapter({"type": "mole", "lora_alpha": alpha}, "model.adapter").lora_alpha == 16
+
+
+@pytest.mark.parametrize("number", [10.0, "10"])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_number_of_a_pattern_is_a_number_too(field, number):
+    config = make_adapter({"type": "lora", field: {"q_proj": number}}, "model.adapter")
+    assert getattr(config, field) == {"q_proj": 10}
+
+
+@pytest.mark.parametrize("number", [0, -1, True, math.nan, "wide"])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_number_that_a_pattern_cannot_mean_is_refused_with_its_field(field, number):
+    with pytest.raises(UserError, match=rf"model\.adapter\.{field}"):
+        make_adapter({"type": "lora", field: {"q_proj": number}}, "model.adapter")

@@ -15,7 +15,7 @@ from mllm.data.mixture import load_mixture
 from mllm.data.template import ConversationEncoder
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
-from train.trainer import Figures, Learning, LogFile, ProgressLine, answer_losses, stop_if_unusable
+from train.trainer import Figures, GradientWatch, LogFile, ProgressLine, answer_losses, stop_if_unusable
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def setting(tmp_path_factory):
 def test_the_loss_is_that_of_transformers(setting):
     model, batch = setting
     inputs, labels = batch(0, 1, 2, 30)
-    _, loss_sum_B, tokens_B = answer_losses(model, inputs, labels)
+    loss_sum_B, tokens_B = answer_losses(model, inputs, labels).by_row(4)
     expected = model(**inputs, labels=labels).loss
     torch.testing.assert_close(loss_sum_B.sum() / tokens_B.sum(), expected, rtol=1e-6, atol=0)
 
@@ -44,8 +44,8 @@ def test_the_loss_is_that_of_transformers(setting):
 @torch.no_grad()
 def test_loss_sums_do_not_depend_on_how_a_batch_is_split(setting):
     model, batch = setting
-    _, whole_B, tokens_B = answer_losses(model, *batch(0, 1, 2, 30))
-    parts = [answer_losses(model, *batch(*rows))[1:] for rows in ((0,), (1, 2), (30,))]
+    whole_B, tokens_B = answer_losses(model, *batch(0, 1, 2, 30)).by_row(4)
+    parts = [answer_losses(model, *batch(*rows)).by_row(len(rows)) for rows in ((0,), (1, 2), (30,))]
     torch.testing.assert_close(torch.cat([loss for loss, _ in parts]), whole_B, rtol=1e-5, atol=0)
     assert torch.equal(torch.cat([tokens for _, tokens in parts]), tokens_B)
 
@@ -92,14 +92,14 @@ def test_a_warning_is_told_above_the_bar_and_kept_in_the_log(tmp_path, capsys):
 
 def test_a_weight_that_never_had_a_gradient_stops_the_run_by_part_and_name():
     model = torch.nn.ModuleDict({"self_attn": torch.nn.Linear(2, 2), "norm": torch.nn.Linear(2, 2)})
-    learning, state = Learning(model, torch.device("cpu")), TrainerState(max_steps=99)
-    for step in range(1, Learning.STEPS + 1):
+    watch, state = GradientWatch(model, torch.device("cpu")), TrainerState(max_steps=99)
+    for step in range(1, GradientWatch.STEPS + 1):
         state.global_step = step
         model["self_attn"](torch.ones(1, 2)).sum().backward()
-        if step < Learning.STEPS:
-            learning.on_step_end(None, state, None)
+        if step < GradientWatch.STEPS:
+            watch.on_step_end(None, state, None)
     with pytest.raises(UserError, match=r"after 10 steps 2 of 4 .*\(other: 2\), such as norm.weight"):
-        learning.on_step_end(None, state, None)
+        watch.on_step_end(None, state, None)
 
 
 def test_a_weight_that_is_reached_in_one_of_the_first_steps_may_go_on():
@@ -107,9 +107,9 @@ def test_a_weight_that_is_reached_in_one_of_the_first_steps_may_go_on():
         torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)}),
         TrainerState(max_steps=4),
     )
-    learning = Learning(model, torch.device("cpu"))
+    watch = GradientWatch(model, torch.device("cpu"))
     for step, name in enumerate("aaba", start=1):
         state.global_step = step
         model[name](torch.ones(1, 2)).sum().backward()
-        learning.on_step_end(None, state, None)
-    assert not learning.hooks
+        watch.on_step_end(None, state, None)
+    assert not watch.hooks

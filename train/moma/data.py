@@ -72,7 +72,7 @@ def samples(section: PictureSection, split: Split, processor: MomaProcessor) -> 
 
 def training_rows(section: StreamSection, processor: MomaProcessor) -> PackedRows:
     """The rows of a run, written unless they are there. One process at a time."""
-    folder = section.cache / digest(section, processor)
+    folder = section.cache / data_digest(section, processor)
     if not (folder / "made.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         stream = _training_documents(section, processor)
@@ -106,7 +106,7 @@ def held_out_documents(section: StreamSection, processor: MomaProcessor, split: 
     ]
 
 
-def digest(section: StreamSection, processor: MomaProcessor) -> str:
+def data_digest(section: StreamSection, processor: MomaProcessor) -> str:
     """A short name of all that rows follow from: settings, vocabulary, both tokenizers, the caption files' bytes."""
     settings = section.model_dump(mode="json", exclude={"cache", "held_out"})
     settings |= {"captions": [], "image_root": None}  # where they lie does not matter; what they say is added below

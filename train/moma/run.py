@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback, set_seed
 
+from mllm.common import ranks
 from mllm.common.console import quieten
 from mllm.common.errors import UserError
 from mllm.common.folders import check_writable
@@ -14,11 +15,10 @@ from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import PackedRows
 from train.check import check_whole_batches, find_checkpoint, tell_of_checkpoint
 from train.moma.config import MomaTrainConfig, StreamSection
-from train.moma.data import as_experts, check_data, check_length, digest, training_rows
+from train.moma.data import as_experts, check_data, check_length, data_digest, training_rows
 from train.moma.model import MODEL, build_moma, build_processor, check_fields, config_of, num_parameters, rows_seen
 from train.moma.trainer import MomaTrainer
-from train.ranks import barrier
-from train.run import callbacks, is_first, prepare_folder, suit_cpu, training_arguments
+from train.run import callbacks, prepare_folder, set_up_cpu, training_arguments
 from train.trainer import ProgressLine
 
 
@@ -33,7 +33,7 @@ def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     model = config_of(config, processor)
     check_length(config.data, model, processor)
     data = as_experts(config.data, model.layout)
-    find_checkpoint(config, MODEL, ranks=ranks, data=lambda: digest(data, processor))
+    find_checkpoint(config, MODEL, ranks=ranks, data=lambda: data_digest(data, processor))
 
 
 def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
@@ -44,17 +44,17 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     """
     quieten()
     if not torch.cuda.is_available():
-        suit_cpu()
+        set_up_cpu()
     set_seed(config.run.seed)  # new weights are the same on every rank
     checkpoint = find_checkpoint(config, MODEL)
-    if is_first():
+    if ranks.is_first():
         tell_of_checkpoint(config, checkpoint)
     model, processor = build_moma(config)
     arguments = training_arguments(config, config.run.steps)
     data = as_experts(config.data, model.config.layout)
-    rows, name = first_rank_first(data, processor), digest(data, processor)
+    rows, name = first_rank_first(data, processor), data_digest(data, processor)
     start = rows_seen(config, name)
-    if is_first():
+    if ranks.is_first():
         show_run(config, model, rows, start)
         prepare_folder(config, fresh=checkpoint is None, rows=name)
     trainer = MomaTrainer(
@@ -71,7 +71,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     trainer.add_callback(ProgressLine())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(config.run.output_dir))
-    if is_first():
+    if ranks.is_first():
         print(f"model saved in {config.run.output_dir / MODEL}", flush=True)
         if config.report.enabled:
             report(config.run.output_dir)
@@ -79,9 +79,9 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
 
 def first_rank_first(data: StreamSection, processor: MomaProcessor) -> PackedRows:
     """The rows, made by one rank while the others wait."""
-    if is_first():
+    if ranks.is_first():
         training_rows(data, processor)
-    barrier()
+    ranks.barrier()
     return training_rows(data, processor)
 
 

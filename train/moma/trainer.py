@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from mllm.common import ranks
 from mllm.common.errors import UserError
 from mllm.moma import MomaForCausalLM
 from mllm.moma.processor import MomaProcessor
@@ -23,8 +24,7 @@ from train.feed import RunOrder
 from train.moma.config import MomaTrainConfig
 from train.moma.model import MODEL, gather_model, write_model
 from train.parts import parameter_groups
-from train.ranks import summed
-from train.trainer import Learning, StageTrainer
+from train.trainer import GradientWatch, StageTrainer
 
 
 class NewStep(TrainerCallback):
@@ -56,7 +56,7 @@ class MomaTrainer(StageTrainer):
         self.core: MomaForCausalLM = self.model
         self.core.balance_window = BalanceWindow()
         self.add_callback(NewStep(self.core.balance_window))
-        self.add_callback(Learning(self.core, self.args.device))
+        self.add_callback(GradientWatch(self.core, self.args.device))
         self._clear()
 
     def _clear(self) -> None:
@@ -125,7 +125,7 @@ class MomaTrainer(StageTrainer):
 
     def _drain(self) -> dict[str, float]:
         device = self.args.device
-        sums = summed(self.sums.to(device)).cpu()
+        sums = ranks.summed(self.sums.to(device)).cpu()
         # In training mode experts choose over the batch: these losses are leaky, and labelled so.
         leaky = "_leaky" if self.core.config.chooses_over_batch else ""
         entry = {
@@ -133,7 +133,7 @@ class MomaTrainer(StageTrainer):
             for name, (loss, tokens) in zip(DIRECTIONS, sums, strict=True)
             if tokens
         }
-        right, picked, chosen = summed(self.hits.to(device)).tolist()
+        right, picked, chosen = ranks.summed(self.hits.to(device)).tolist()
         if chosen:
             entry |= {"auxiliary/precision": right / max(picked, 1), "auxiliary/recall": right / chosen}
         entry["tokens_per_second"] = self.tokens * self.args.world_size / (time.monotonic() - self.since)

@@ -28,11 +28,11 @@ from transformers import LlavaProcessor, get_scheduler, set_seed
 
 from mllm.alignment import (
     Aligner,
+    AlignmentBatches,
     AlignmentData,
     AlignSettings,
     CachedStates,
     EncodedRows,
-    Feed,
     Neighbours,
     answered,
     cache_states,
@@ -51,13 +51,13 @@ from mllm.alignment.vectors import vector_sizes
 from mllm.build import BASE_CARD, load, resolve
 from mllm.common import ranks
 from mllm.common.console import quieten
+from mllm.common.digests import digest
 from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation
 from mllm.data.encoded import EncodedMixture
 from mllm.data.mixture import Mixture, load_mixture
 from mllm.data.template import IGNORED, ConversationEncoder
 from mllm.evaluation.answers import Answer
-from mllm.evaluation.recipe import digest
 from mllm.evaluation.report import Arm, build_report
 from mllm.evaluation.tables import markdown, print_tables, remarks, report_tables
 from mllm.inference.evaluate import stamp
@@ -66,8 +66,7 @@ from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER, check_run
 from train.config import RoutersSection, TrainConfig
 from train.parts import DTYPES, parameter_groups, write_adapter
-from train.ranks import barrier, summed
-from train.run import prepare_folder, suit_cpu
+from train.run import prepare_folder, set_up_cpu
 from train.trainer import LOG
 from train.zero import deepspeed_config
 
@@ -138,12 +137,12 @@ def run(config: Config, mixture: Mixture) -> None:
     """
     quieten()
     if not torch.cuda.is_available():
-        suit_cpu()
+        set_up_cpu()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     set_seed(config.run.seed)
-    if ranks.rank() == 0:
+    if ranks.is_first():
         prepare_folder(config, fresh=True)
-    barrier()
+    ranks.barrier()
     run = open_run(config, mixture)
     answers = run.answers(run.trained_rows, "before-train")
     before = run.answers(run.held_out, "before-held-out")
@@ -154,11 +153,11 @@ def run(config: Config, mixture: Mixture) -> None:
     true = neighbours_among(run, embeddings_NM, answers)
     aligner, choice = choose_weight(run, embeddings_NM, answers)
     after = run.answers(run.held_out, "after-held-out", stamp=digest([run.stamp, weights_digest(aligner)]))
-    if ranks.rank() == 0:
+    if ranks.is_first():
         report = make_report(run, aligner, true, before, after, choice)
         save(run, aligner)
         show(run, report)
-    barrier()
+    ranks.barrier()
 
 
 def open_run(config: Config, mixture: Mixture) -> AlignmentRun:
@@ -227,7 +226,7 @@ def cached(run: AlignmentRun) -> CachedStates:
         part=f"{ranks.rank()}-of-{ranks.size()}",
         stamp=digest([run.stamp, str(rows)]),
     )
-    barrier()
+    ranks.barrier()
     return CachedStates(run.folder / WORK / "states", pad_token_id=run.processor.tokenizer.pad_token_id)
 
 
@@ -238,7 +237,7 @@ def layers_of(config: Config) -> int | tuple[int, ...]:
 
 def over_ranks(number: int, compute: Callable[[range], Tensor]) -> Tensor:
     """`compute(rows)` of all rows [N, …], each rank its share. All ranks call it together."""
-    parts = ranks.shared(ranks.gathered(compute(range(number)[ranks.rank() :: ranks.size()])))
+    parts = ranks.all_gathered(compute(range(number)[ranks.rank() :: ranks.size()]))
     whole = parts[0].new_empty(number, *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         whole[rank :: ranks.size()] = part
@@ -316,10 +315,10 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embedding
     """One λ, on DeepSpeed's engine."""
     config = run.config
     steps = config.run.steps or math.ceil(config.run.epochs * run.num_trained / config.run.batch_size)
-    feed = Feed(run.data, neighbours if aligner.settings.needs_neighbours else None)
+    source = AlignmentBatches(run.data, neighbours if aligner.settings.needs_neighbours else None)
     # the same rows on all ranks, so that all have the same scale; targets kept as a table are alive for it
     first = row_order(run.trained_rows, CALIBRATION_BATCHES, config.run.micro_batch_size, config.run.seed)
-    aligner.calibrate(feed.batch(rows) for rows in first)
+    aligner.calibrate(source.batch(rows) for rows in first)
     order = row_order(run.trained_rows, steps, config.run.batch_size, config.run.seed)
     engine = make_engine(config, aligner, steps)
     per_epoch, losses = -(-run.num_trained // config.run.batch_size), []
@@ -327,9 +326,9 @@ def train(run: AlignmentRun, aligner: Aligner, neighbours: Neighbours, embedding
     bar = tqdm(order, total=steps, desc=f"λ = {aligner.settings.weight:g}", disable=ranks.rank() > 0)
     for step, rows in enumerate(bar):
         if step % per_epoch == 0:
-            begin_epoch(aligner, feed, step // per_epoch, refresh)
+            begin_epoch(aligner, source, step // per_epoch, refresh)
         aligner.progress = step / steps
-        losses.append(take_step(config, engine, feed, rows))
+        losses.append(take_step(config, engine, source, rows))
         if (step + 1) % config.run.log_every == 0 or step + 1 == steps:
             log(run, aligner, step + 1, torch.stack(losses).mean(0))
             losses = []
@@ -348,16 +347,16 @@ def make_engine(config: Config, aligner: Aligner, steps: int) -> deepspeed.DeepS
     return deepspeed.initialize(model=aligner, optimizer=optimizer, lr_scheduler=rate, config=settings)[0]
 
 
-def take_step(config: Config, engine: deepspeed.DeepSpeedEngine, feed: Feed, rows: list[int]) -> Tensor:
+def take_step(config: Config, engine: deepspeed.DeepSpeedEngine, source: AlignmentBatches, rows: list[int]) -> Tensor:
     """One optimizer step of this rank's micro-batches; returns its answer loss and regulariser.
 
     Answers count by their tokens in the whole step, and the engine averages over ranks and micro-batches.
     """
     micro, stride = config.run.micro_batch_size, config.run.micro_batch_size * ranks.size()
     own = [rows[start : start + micro] for start in range(ranks.rank() * micro, len(rows), stride)]
-    batches = [feed.batch(each) for each in own]
+    batches = [source.batch(each) for each in own]
     tokens = sum((batch.labels_BS[:, 1:] != IGNORED).sum() for batch in batches)
-    tokens = summed(tokens.to(engine.device, torch.float64)).item() / (len(batches) * ranks.size())
+    tokens = ranks.summed(tokens.to(engine.device, torch.float64)).item() / (len(batches) * ranks.size())
     taken = []
     for batch in batches:
         loss, answer_loss, regulariser = engine(batch._replace(answer_tokens=tokens))
@@ -382,13 +381,13 @@ def refresher(run: AlignmentRun, embeddings_NM: Tensor) -> Callable[[Aligner, in
 
 def weights_digest(aligner: Aligner) -> str:
     """Changes with every bit of the routers."""
-    return digest([name, weight.numpy().tobytes().hex()] for name, weight in aligner.weights().items())
+    return digest([[name, weight.numpy().tobytes().hex()] for name, weight in aligner.weights().items()])
 
 
 def log(run: AlignmentRun, aligner: Aligner, step: int, losses: Tensor) -> None:
     """Means over ranks of the steps since the last entry. All ranks call it together."""
-    answer_loss, regulariser = (summed(losses.clone()) / ranks.size()).tolist()
-    if ranks.rank() == 0:
+    answer_loss, regulariser = (ranks.summed(losses.clone()) / ranks.size()).tolist()
+    if ranks.is_first():
         entry = {"weight": aligner.settings.weight, "step": step, "answer_loss": answer_loss,
                  "regulariser": aligner.scale * regulariser}  # fmt: skip
         with (run.folder / LOG).open("a", encoding="utf-8") as file:

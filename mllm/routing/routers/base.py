@@ -55,12 +55,18 @@ class Router(KeepsFp32, ABC):
 
     `fixed` routers decide by rule, without weights of their own. They cannot weigh null experts, since nothing would
     set their share, and take no prior, jitter or temperature. A router `learns` where its weights are trained. One that
-    `counts_patches` reads `Tokens.patch_number_T`, which a cache has to remember.
+    `counts_patches` reads `Tokens.patch_number_T`, which a cache has to remember. `spec.layout` has `num_experts` real
+    and `num_null_experts` null ones, which stand last.
     """
 
     fixed: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     counts_patches: ClassVar[bool] = False
+    # Of null_logits, temperature, jitter and modality_prior, what it goes by. MoleConfig refuses the others where they are
+    # set: a router that does not read them would pass over them without a word.
+    options: ClassVar[frozenset[str]] = frozenset()
+    # Whether `weight` [X, D] and `bias` [X] are a linear map on the hidden state, as `start_routers` sets them.
+    is_linear: ClassVar[bool] = False
 
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()

@@ -23,6 +23,9 @@ class LearnedRouter(Router):
     the logits: a soft form of modality-aware groups.
     """
 
+    options = frozenset({"null_logits", "temperature", "jitter", "modality_prior"})
+    is_linear = True
+
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__(spec)
         layout = spec.layout

@@ -6,7 +6,7 @@ from mllm.alignment import TokenRows, prepare
 from mllm.data.template import IGNORED
 from mllm.mole import MoleConfig
 from tests.mllm.mole.helpers import tiny_llama, wake
-from tests.mllm.test_native_moe import tiny_moe
+from tests.mllm.mole.test_native_moe import tiny_moe
 
 VOCAB = 50
 MOLES = {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mllm.alignment import Aligner, AlignSettings, load_router_adapter, prepare, save_router_adapter
 from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole
-from tests.mllm.test_native_moe import INPUT_IDS, tiny_moe
+from tests.mllm.mole.test_native_moe import INPUT_IDS, tiny_moe
 
 
 def moved(model, **settings) -> Aligner:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mllm.alignment import Aligner, AlignSettings, Feed, align_routers, nearest, sample_vectors, score
+from mllm.alignment import Aligner, AlignmentBatches, AlignSettings, align_routers, nearest, sample_vectors, score
 from mllm.alignment.loss import REGULARISERS, TARGETS
 from mllm.alignment.tail import run
 from mllm.common.errors import UserError
@@ -26,8 +26,8 @@ def aligned(model, *, steps: int = 3, lr: float = 1e-3, **settings):
 
 def regulariser_gradients(model, **settings) -> dict[str, torch.Tensor]:
     aligner = Aligner(model, AlignSettings(**{"layers": 2} | settings))
-    feed = Feed(token_rows(12), NEIGHBOURS)
-    batch = feed.batch([0, 1, 2, 3])
+    source = AlignmentBatches(token_rows(12), NEIGHBOURS)
+    batch = source.batch([0, 1, 2, 3])
     losses = aligner(batch)
     losses.loss.backward()
     with_it = {name: parameter.grad.clone() for name, parameter in aligner.trained().items()}
@@ -67,7 +67,7 @@ def test_the_regularisers_gradient_is_that_of_finite_differences():
     aligner = Aligner(model, AlignSettings(layers=2))
     for parameter in aligner.trained().values():
         parameter.data = parameter.data.double()
-    batch = Feed(token_rows(12), NEIGHBOURS).batch([0, 1, 2, 3])
+    batch = AlignmentBatches(token_rows(12), NEIGHBOURS).batch([0, 1, 2, 3])
 
     def regulariser() -> torch.Tensor:
         run(model, batch.inputs, None)
@@ -104,8 +104,8 @@ def test_only_the_routers_of_the_chosen_layers_change(kind):
 def test_every_regulariser_starts_at_the_answers_loss_and_learns(kind, regulariser):
     model = tiny(kind)
     aligner = Aligner(model, AlignSettings(regulariser=regulariser))
-    feed = Feed(token_rows(12), NEIGHBOURS)
-    batches = [feed.batch([0, 1, 2, 3]), feed.batch([4, 5, 6, 7])]
+    source = AlignmentBatches(token_rows(12), NEIGHBOURS)
+    batches = [source.batch([0, 1, 2, 3]), source.batch([4, 5, 6, 7])]
     aligner.calibrate(batches)
     losses = [aligner(batch) for batch in batches]
     answers, whole = (sum(getattr(each, name).item() for each in losses) for name in ("answer_loss", "loss"))
@@ -178,7 +178,7 @@ def test_groups_by_modality_are_aligned_on_a_llava_with_pictures(tmp_path):
 
 def test_lambda_rises_over_its_warm_up():
     aligner = Aligner(tiny_mole(), AlignSettings(weight_warmup=0.5))
-    batch = Feed(token_rows(12), NEIGHBOURS).batch([0, 1])
+    batch = AlignmentBatches(token_rows(12), NEIGHBOURS).batch([0, 1])
     added = []
     for progress in (0.0, 0.25, 0.5, 1.0):
         aligner.progress = progress
@@ -191,15 +191,15 @@ def test_an_engine_cannot_put_it_into_training_mode():
     aligner = Aligner(tiny_mole(router_jitter=0.5, lora_dropout=0.5), AlignSettings())
     aligner.train()
     assert not any(module.training for module in aligner.modules())
-    batch = Feed(token_rows(12), NEIGHBOURS).batch([0, 1])
+    batch = AlignmentBatches(token_rows(12), NEIGHBOURS).batch([0, 1])
     assert aligner(batch).loss == aligner(batch).loss
 
 
 def test_micro_batches_add_up_to_the_step():
     aligner = Aligner(tiny_mole(), AlignSettings(regulariser="none"))
-    feed = Feed(token_rows(12))
-    whole = feed.batch([0, 1, 2, 3])
-    halves = [feed.batch(rows, answer_tokens=whole.answer_tokens) for rows in ([0, 1], [2, 3])]
+    source = AlignmentBatches(token_rows(12))
+    whole = source.batch([0, 1, 2, 3])
+    halves = [source.batch(rows, answer_tokens=whole.answer_tokens) for rows in ([0, 1], [2, 3])]
     assert sum(aligner(half).loss.item() for half in halves) == pytest.approx(aligner(whole).loss.item(), rel=1e-5)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm.alignment import Aligner, AlignSettings, Feed
+from mllm.alignment import Aligner, AlignmentBatches, AlignSettings
 from mllm.alignment.dense import dense_gradient
 from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole, token_rows
@@ -13,7 +13,7 @@ BATCH = range(4)
 
 def logits_and_gradients(kind: str, *, dense: bool):
     aligner = Aligner(tiny(kind), AlignSettings(layers=1, regulariser="none", dense_gradient=dense))
-    losses = aligner(Feed(token_rows(4)).batch(BATCH))
+    losses = aligner(AlignmentBatches(token_rows(4)).batch(BATCH))
     losses.loss.backward()
     return losses.loss, {name: parameter.grad for name, parameter in aligner.trained().items()}
 
@@ -33,7 +33,7 @@ def test_the_gradient_is_that_of_the_softmax_over_all_experts_outputs():
         for dense in (False, True):
             settings = AlignSettings(layers=1, regulariser="none", dense_gradient=dense)
             aligner = Aligner(tiny_mole(**config), settings)
-            aligner(Feed(token_rows(4)).batch(BATCH)).loss.backward()
+            aligner(AlignmentBatches(token_rows(4)).batch(BATCH)).loss.backward()
             made.append({name: parameter.grad for name, parameter in aligner.trained().items()})
         for name, gradient in made[0].items():
             torch.testing.assert_close(made[1][name], gradient, msg=f"{kind} {name}")
@@ -43,11 +43,11 @@ def test_a_native_model_that_picks_all_experts_has_the_same_gradient_densely():
     made = []
     for dense in (False, True):
         from mllm.alignment import prepare
-        from tests.mllm.test_native_moe import tiny_moe
+        from tests.mllm.mole.test_native_moe import tiny_moe
 
         model = prepare(tiny_moe("olmoe", num_experts_per_tok=4))
         aligner = Aligner(model, AlignSettings(layers=1, regulariser="none", dense_gradient=dense))
-        aligner(Feed(token_rows(4)).batch(BATCH)).loss.backward()
+        aligner(AlignmentBatches(token_rows(4)).batch(BATCH)).loss.backward()
         made.append({name: parameter.grad for name, parameter in aligner.trained().items()})
     for name, gradient in made[0].items():
         torch.testing.assert_close(made[1][name], gradient)
@@ -56,7 +56,7 @@ def test_a_native_model_that_picks_all_experts_has_the_same_gradient_densely():
 def test_a_gate_without_gradient_learns_by_the_dense_one():
     _, gradients = logits_and_gradients("plain", dense=True)
     aligner = Aligner(tiny_mole(gate="none"), AlignSettings(layers=1, regulariser="none", dense_gradient=True))
-    aligner(Feed(token_rows(4)).batch(BATCH)).loss.backward()
+    aligner(AlignmentBatches(token_rows(4)).batch(BATCH)).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in aligner.trained().values())
     assert gradients
 

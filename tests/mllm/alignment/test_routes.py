@@ -9,7 +9,7 @@ from mllm.alignment.vectors import vector_sizes
 from mllm.common.errors import UserError
 from tests.mllm.alignment.helpers import MOLES, NATIVES, tiny, tiny_mole, token_rows
 from tests.mllm.mole.helpers import tiny_llama
-from tests.mllm.test_native_moe import INPUT_IDS, tiny_moe
+from tests.mllm.mole.test_native_moe import INPUT_IDS, tiny_moe
 
 every_kind = pytest.mark.parametrize("kind", [*MOLES, *NATIVES])
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mllm.common.digests import digest
 from mllm.data.conversation import Conversation, Turn
 from mllm.evaluation.answers import collect_answers
 from mllm.evaluation.metrics import METRICS, SCORER_VERSION
-from mllm.evaluation.recipe import Recipe, describe, digest
+from mllm.evaluation.recipe import Recipe, describe
 
 ROW = Conversation(
     id="7",

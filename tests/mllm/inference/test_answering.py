@@ -13,12 +13,12 @@ from mllm.build import load, write_base_card
 from mllm.evaluation.answers import collect_answers
 from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
-from mllm.inference.answering import Journal
+from mllm.inference.answering import ResumableAnswers
 from mllm.inference.evaluate import evaluate_arms, stamp
 from mllm.mole import MoleConfig
 from mllm.routing.stats import RoutingStats
-from tests.mllm.questions import write_questions
-from tests.mllm.test_generate import lively_llava
+from tests.mllm.inference.questions import write_questions
+from tests.mllm.inference.test_generate import lively_llava
 from train.launch import free_port
 
 PATIENCE = 120  # seconds
@@ -95,15 +95,15 @@ def be_rank(rank, number, port, place, out, die_after):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
-    add, added = Journal.add, []
+    add, added = ResumableAnswers.add, []
 
-    def add_and_die(journal, *batch):
-        add(journal, *batch)
+    def add_and_die(answers_file, *batch):
+        add(answers_file, *batch)
         added.append(batch)
         if len(added) == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.add = add_and_die
+    ResumableAnswers.add = add_and_die
     evaluate(place, out)
 
 
@@ -132,8 +132,8 @@ def test_one_question_at_a_time_gets_the_answers_of_batches(place, alone, tmp_pa
 
 def test_another_batch_size_after_a_kill_asks_only_what_is_left(place, alone, tmp_path, monkeypatch):
     assert in_processes(1, place, tmp_path, die_after=2) == [-signal.SIGKILL]
-    asked, add = [], Journal.add
-    monkeypatch.setattr(Journal, "add", lambda self, rows, *rest: asked.append(rows) or add(self, rows, *rest))
+    asked, add = [], ResumableAnswers.add
+    monkeypatch.setattr(ResumableAnswers, "add", lambda self, rows, *rest: asked.append(rows) or add(self, rows, *rest))
     evaluate(place, tmp_path, batch_size=3)
     assert sorted(map(len, asked[:2])) == [1, 2]  # rows 5 and 6 of the second batch of three, and row 7
     assert texts(tmp_path, "base") == texts(alone, "base")
@@ -150,7 +150,7 @@ def test_a_resumed_arm_counts_the_routing_of_every_prompt_once(place, alone, tmp
 
 def test_a_finished_evaluation_asks_nothing_again(place, alone, tmp_path, monkeypatch):
     evaluate(place, tmp_path)
-    monkeypatch.setattr(Journal, "add", lambda *_: pytest.fail("a batch was answered again"))
+    monkeypatch.setattr(ResumableAnswers, "add", lambda *_: pytest.fail("a batch was answered again"))
     evaluate(place, tmp_path)
     assert_same_evaluation(tmp_path, alone)
 
@@ -180,11 +180,11 @@ def test_a_retrained_adapter_is_another_model(tmp_path):
     assert stamp("base", None) != stamp("other", None)
 
 
-# -- the journal -----------------------------------------------------------------------------------------------------
+# -- answers that are resumed -----------------------------------------------------------------------------------------
 
 
-def journal(path, origin="a"):
-    return Journal(path / "arm.jsonl", {"model": origin}, model_id="arm", recipe=RECIPE, fresh=False)
+def answers_file(path, origin="a"):
+    return ResumableAnswers(path / "arm.jsonl", {"model": origin}, model_id="arm", recipe=RECIPE, fresh=False)
 
 
 @pytest.fixture
@@ -193,35 +193,35 @@ def answers(place):
 
 
 def test_what_was_added_is_there_when_opened_again(tmp_path, answers):
-    journal(tmp_path).add([2, 0], [answers[2], answers[0]], RoutingStats())
-    assert journal(tmp_path).replies == {2: "c", 0: "a\u2028b"}
+    answers_file(tmp_path).add([2, 0], [answers[2], answers[0]], RoutingStats())
+    assert answers_file(tmp_path).replies == {2: "c", 0: "a\u2028b"}
 
 
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path, answers):
-    journal(tmp_path).add([2], [answers[2]], RoutingStats())
+    answers_file(tmp_path).add([2], [answers[2]], RoutingStats())
     with (tmp_path / "arm.jsonl").open("a") as file:
         file.write('{"question_id": "row-0", "te')
-    again = journal(tmp_path)
+    again = answers_file(tmp_path)
     assert again.replies == {2: "c"}
     again.add([0], [answers[0]], RoutingStats())
-    assert journal(tmp_path).replies == {2: "c", 0: "a\u2028b"}
+    assert answers_file(tmp_path).replies == {2: "c", 0: "a\u2028b"}
 
 
 def test_lines_written_but_not_counted_before_a_kill_are_asked_again(tmp_path, answers, monkeypatch):
-    first = journal(tmp_path)
+    first = answers_file(tmp_path)
     first.add([2], [answers[2]], RoutingStats())
     monkeypatch.setattr("mllm.inference.answering.torch.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         first.add([0], [answers[0]], RoutingStats())
     monkeypatch.undo()
-    assert journal(tmp_path).replies == {2: "c"}
+    assert answers_file(tmp_path).replies == {2: "c"}
 
 
 def test_a_file_that_lost_lines_is_moved_aside(tmp_path, answers, capfd):
-    journal(tmp_path).add([2, 0], [answers[2], answers[0]], RoutingStats())
+    answers_file(tmp_path).add([2, 0], [answers[2], answers[0]], RoutingStats())
     path = tmp_path / "arm.jsonl"
     path.write_text(path.read_text().split("\n")[0] + "\n")
-    assert journal(tmp_path).replies == {}
+    assert answers_file(tmp_path).replies == {}
     assert "lines are missing" in capfd.readouterr().err
     assert (tmp_path / "arm.earlier-1.jsonl").exists()
 
@@ -229,11 +229,11 @@ def test_a_file_that_lost_lines_is_moved_aside(tmp_path, answers, capfd):
 def test_answers_of_unknown_origin_are_moved_aside_each_under_a_name_of_its_own(tmp_path):
     for text in ("one\n", "two\n"):
         (tmp_path / "arm.jsonl").write_text(text)
-        assert journal(tmp_path).replies == {}
+        assert answers_file(tmp_path).replies == {}
     assert [(tmp_path / f"arm.earlier-{number}.jsonl").read_text() for number in (1, 2)] == ["one\n", "two\n"]
 
 
 def test_another_model_moves_them_aside(tmp_path, answers, capfd):
-    journal(tmp_path).add([2], [answers[2]], RoutingStats())
-    assert journal(tmp_path, origin="b").replies == {}
+    answers_file(tmp_path).add([2], [answers[2]], RoutingStats())
+    assert answers_file(tmp_path, origin="b").replies == {}
     assert "another model" in capfd.readouterr().err

@@ -14,7 +14,7 @@ from mllm.inference.evaluate import evaluate_arms
 from mllm.inference.generate import answer
 from mllm.inference.peers import PeerPrompts, is_peer, load_peer
 from tests.mllm.inference.peers import FAMILIES
-from tests.mllm.questions import write_questions
+from tests.mllm.inference.questions import write_questions
 from tests.tiny import tiny_image, write_tiny_llava
 
 QUESTIONS = [("red", 40, "What colour?"), ("blue", 60, "How many cells are there in this?"), (None, 0, "One and one?")]

@@ -6,6 +6,7 @@ import pytest
 
 from mllm.common.errors import UserError
 from mllm.mole import MoleConfig
+from mllm.routing import Router
 
 GROUPS = {"text": 2, "image": 2}
 
@@ -133,3 +134,34 @@ def test_a_saved_config_describes_the_same_experts_in_the_same_order(tmp_path):
 def test_what_would_do_nothing_or_cannot_be_met_is_refused(fields, reason):
     with pytest.raises(UserError, match=reason):
         MoleConfig(**fields)
+
+
+class Plain(Router):
+    """A router of somebody else's that goes by none of the settings."""
+
+    def forward(self, hidden_TD, tokens):
+        return hidden_TD.float()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"router_temperature": 2.0},
+        {"router_jitter": 0.1},
+        {"modality_prior": True},
+        {"null_logits": "shared", "num_null_experts": 2},
+        {"router_start": "clusters", "router_reads": "both"},
+    ],
+)
+def test_a_setting_that_a_new_router_does_not_go_by_is_refused(setting, monkeypatch):
+    MoleConfig(**setting)
+    monkeypatch.setattr("mllm.mole.config.find_router", lambda name: Plain)
+    with pytest.raises(UserError, match=rf"{next(iter(setting))} needs|router='learned' has no"):
+        MoleConfig(**setting)
+
+
+def test_a_new_router_that_is_no_linear_map_is_not_started_from_pictures(monkeypatch):
+    config = MoleConfig(expert_domains=["a", "b"], router_reads="both")
+    assert config.starts_from_pictures
+    monkeypatch.setattr("mllm.mole.config.find_router", lambda name: Plain)
+    assert not config.starts_from_pictures
