@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mllm.common.processes import end_with_parent
+
 if TYPE_CHECKING:
     from mllm.common.errors import UserError
     from train.config import TrainConfig
@@ -63,17 +65,19 @@ def train(config: "TrainConfig") -> None:
     """Check, then run; a new folder in which nothing was saved or logged yet does not outlive a mistake in the data."""
     from mllm.common.errors import UserError
     from train.check import CHECKPOINTS
+    from train.lock import holds_nothing, only_job
     from train.stages import check, run
 
-    checked = check(config, ranks=int(os.environ["WORLD_SIZE"]))
     folder = config.run.output_dir
-    is_new = not folder.exists()
-    try:
-        run(config, checked)
-    except UserError:
-        if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with only_job(folder, rank=int(os.environ["RANK"])):
+        checked = check(config, ranks=int(os.environ["WORLD_SIZE"]))
+        is_new = holds_nothing(folder)
+        try:
+            run(config, checked)
+        except UserError:
+            if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def logged(folder: Path) -> bool:
@@ -106,5 +110,7 @@ def leave(status: int | None) -> None:
 
 if __name__ == "__main__":
     status = None
+    if "RANK" in os.environ:
+        end_with_parent(os.environ.get("MLLM_STARTER"))
     atexit.register(lambda: leave(status))  # registered first, so that it runs last
     status = main()

@@ -28,7 +28,7 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     """
     import torch
 
-    from mllm.common.processes import module_command, module_environment
+    from mllm.common.processes import module_environment
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = number_of_ranks(num_processes, gpus)
@@ -38,18 +38,26 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
         threads = max(1, available_cores() // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     from train.config import load_config
+    from train.lock import STARTER, only_job
     from train.stages import check, run_alone
 
     config = load_config(config_path, overrides)
-    check(config, ranks=ranks)
-    if run_alone(config):
-        return 0
+    with only_job(config.run.output_dir):
+        check(config, ranks=ranks)
+        if run_alone(config):
+            return 0
+        return run_to_end(ranks_command(config_path, overrides, ranks, gpus), environment | {STARTER: str(os.getpid())})
+
+
+def ranks_command(config_path: str | Path, overrides: list[str] | None, ranks: int, gpus: int) -> list[str]:
+    """What starts the ranks of this machine and ends when one of them fails."""
+    from mllm.common.processes import module_command
+
     # DeepSpeed's launcher of one machine's ranks. Its `runner`, which starts it, drops CUDA_VISIBLE_DEVICES where a
     # number of ranks is given, and of the devices named there it knows those with a number only, not "GPU-…", "MIG-…".
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices_of_ranks(ranks, gpus)}).encode()).decode()
-    command = module_command("deepspeed.launcher.launch", f"--world_info={world}", "--master_port", str(free_port()))
-    command += ["--log_level", "error", "--module", "train", str(config_path), *(overrides or [])]
-    return run_to_end(command, environment)
+    command = module_command("train.ranks_of_machine", f"--world_info={world}", "--master_port", str(free_port()))
+    return [*command, "--log_level", "error", "--module", "train", str(config_path), *(overrides or [])]
 
 
 def number_of_ranks(asked: int | None, gpus: int) -> int:
