@@ -142,7 +142,7 @@ def run(config: Config, mixture: Mixture) -> None:
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     set_seed(config.run.seed)
     if ranks.rank() == 0:
-        prepare_folder(config, fresh=True)
+        prepare_folder(config, fresh=True, results=(ADAPTER, ROUTERS, "report.json", "report.md", "report.png"))
     barrier()
     run = open_run(config, mixture)
     answers = run.answers(run.trained_rows, "before-train")
