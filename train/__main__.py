@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.common.processes import end_with_parent
+from train.status import STOPPED, Stopped
 
 if TYPE_CHECKING:
     from mllm.common.errors import UserError
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains one stage. Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr, and
-    on the other ranks of a run that such a mistake has stopped."""
+    """Trains one stage. Returns the exit status.
+
+    0, or 2 after a mistake of the user's, told in words on stderr, and on the other ranks of a run that such a mistake
+    has stopped; or 75 where it was asked to stop, and the same command goes on.
+    """
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of one stage, or the name of one that ships, such as experts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
@@ -33,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         train(load_config(options.config, options.overrides))
     except UserError as error:
         return say(f"error: {original_message(error)}")
+    except KeyboardInterrupt:
+        return say("stopped before there was anything to save.", STOPPED)
+    except Stopped as stopped:
+        return say(str(stopped), STOPPED) if os.environ["RANK"] == "0" else STOPPED
     except RuntimeError as error:
         if "closed by peer" not in str(error):  # gloo's words for a rank that is gone
             raise
@@ -40,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def say(message: str) -> int:
-    """Puts a message on stderr, with the rank where it is not the first. Returns the exit status 2."""
+def say(message: str, status: int = 2) -> int:
+    """Puts a message on stderr, with the rank where it is not the first. Returns the exit status."""
     rank = os.environ["RANK"]
     print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 def join_launcher() -> None:

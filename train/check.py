@@ -30,6 +30,7 @@ FREE_ON_RESUME = {
     "run": {
         "resume",
         "overwrite",
+        "max_hours",
         "log_every",
         "save_every",
         "keep",

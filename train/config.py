@@ -120,6 +120,7 @@ class RunSection(Section):
     keep: int = Field(2, ge=1)  # checkpoints kept, the newest ones
     resume: str = "auto"  # auto: the newest checkpoint of output_dir if any · never · path of a checkpoint you trust
     overwrite: bool = False  # train anew in place of a finished run, which is removed
+    max_hours: float | None = Field(None, gt=0)  # since the ranks started; then the run saves and stops, to be gone on
     report_to: Literal["tensorboard", "none"] = "tensorboard"
 
     @model_validator(mode="after")

@@ -11,8 +11,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from train.status import SIGNALS, STOPPED
+
 # In this order HIP takes them: https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html
 VISIBLE_DEVICES = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+ENDED_BY_SIGNAL = (256 - signal.SIGTERM, 128 + signal.SIGTERM)  # as DeepSpeed's launcher passes it on, and a shell
 
 
 def launch(config_path: str | Path, overrides: list[str] | None = None, num_processes: int | None = None) -> int:
@@ -84,26 +87,35 @@ def devices_of_ranks(ranks: int, gpus: int) -> list[str | int]:
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a launcher; its exit status. A signal to end, whenever it comes, goes to all that the launcher started."""
-    launcher, is_ending = None, False
+    """Runs a launcher; its exit status.
+
+    A signal to stop, whenever it comes, goes to all that the launcher started, which ends when it has saved. A second
+    one ends all at once.
+    """
+    launcher, asked = None, 0
 
     def stop(*_: object) -> None:
-        nonlocal is_ending
-        is_ending = True
+        nonlocal asked
+        asked += 1
         if launcher is not None:
             with suppress(ProcessLookupError):  # it may just have ended
-                os.killpg(launcher.pid, signal.SIGTERM)
+                os.killpg(launcher.pid, signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         # a group of its own, so that a signal reaches the ranks at once, and whatever they have started
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        if is_ending:  # the signal came before there was anything to end
+        if asked:  # the signal came before there was anything to end
+            asked = 0
             stop()
-        return launcher.wait()
+        status = launcher.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked == 1 and status % 256 in ENDED_BY_SIGNAL:
+        print("stopped before there was anything to save.", file=sys.stderr, flush=True)
+        return STOPPED
+    return status
 
 
 def available_cores() -> int:
@@ -132,6 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a stage of one process
+        print("stopped before there was anything to save.", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine())
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(config.run.output_dir))
+    trainer.train_and_save(checkpoint)
     if is_first():
         if trainer.routing.last.layers:
             Console(highlight=False).print(routing_table(trainer.routing.last))

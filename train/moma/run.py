@@ -71,8 +71,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine())
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(config.run.output_dir))
+    trainer.train_and_save(checkpoint)
     if is_first():
         print(f"model saved in {config.run.output_dir / MODEL}", flush=True)
         if config.report.enabled:
