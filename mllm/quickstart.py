@@ -76,6 +76,7 @@ def quickstart(out: Path, *, quick: bool, clash: int = 2) -> dict:
             "data.mixture": data / training.data,
             "run.output_dir": out / training.name,
             "run.resume": "never",
+            "run.overwrite": "true",
         }  # fmt: skip
         step("train.launch", training.config, *(f"{key}={value}" for key, value in settings.items()))
     report = evaluate_arms(

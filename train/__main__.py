@@ -10,14 +10,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mllm.common.processes import end_with_parent
+from train.status import STOPPED, Stopped
+
 if TYPE_CHECKING:
     from mllm.common.errors import UserError
     from train.config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains one stage. Returns the exit status: 0, or 2 after a mistake of the user's, told in words on stderr, and
-    on the other ranks of a run that such a mistake has stopped."""
+    """Trains one stage. Returns the exit status.
+
+    0, or 2 after a mistake of the user's, told in words on stderr, and on the other ranks of a run that such a mistake
+    has stopped; or 75 where it was asked to stop, and the same command goes on.
+    """
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of one stage, or the name of one that ships, such as experts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put over the file's")
@@ -31,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         train(load_config(options.config, options.overrides))
     except UserError as error:
         return say(f"error: {original_message(error)}")
+    except KeyboardInterrupt:
+        return say("stopped before there was anything to save.", STOPPED)
+    except Stopped as stopped:
+        return say(str(stopped), STOPPED) if os.environ["RANK"] == "0" else STOPPED
     except RuntimeError as error:
         if "closed by peer" not in str(error):  # gloo's words for a rank that is gone
             raise
@@ -38,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def say(message: str) -> int:
-    """Puts a message on stderr, with the rank where it is not the first. Returns the exit status 2."""
+def say(message: str, status: int = 2) -> int:
+    """Puts a message on stderr, with the rank where it is not the first. Returns the exit status."""
     rank = os.environ["RANK"]
     print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 def join_launcher() -> None:
@@ -63,17 +73,19 @@ def train(config: "TrainConfig") -> None:
     """Check, then run; a new folder in which nothing was saved or logged yet does not outlive a mistake in the data."""
     from mllm.common.errors import UserError
     from train.check import CHECKPOINTS
+    from train.lock import holds_nothing, only_job
     from train.stages import check, run
 
-    checked = check(config, ranks=int(os.environ["WORLD_SIZE"]))
     folder = config.run.output_dir
-    is_new = not folder.exists()
-    try:
-        run(config, checked)
-    except UserError:
-        if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with only_job(folder, rank=int(os.environ["RANK"])):
+        checked = check(config, ranks=int(os.environ["WORLD_SIZE"]))
+        is_new = holds_nothing(folder)
+        try:
+            run(config, checked)
+        except UserError:
+            if is_new and not list((folder / CHECKPOINTS).glob("checkpoint-*")) and not logged(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def logged(folder: Path) -> bool:
@@ -106,5 +118,7 @@ def leave(status: int | None) -> None:
 
 if __name__ == "__main__":
     status = None
+    if "RANK" in os.environ:
+        end_with_parent(os.environ.get("MLLM_STARTER"))
     atexit.register(lambda: leave(status))  # registered first, so that it runs last
     status = main()

@@ -25,9 +25,20 @@ ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 SETTINGS = "config.yaml"
 ROWS = "rows.txt"  # digest of what a run reads
+ANEW = "run.resume=never (for a finished run, run.overwrite=true)"
 # What may change between a run and its continuation.
 FREE_ON_RESUME = {
-    "run": {"resume", "log_every", "save_every", "keep", "report_to", "output_dir", "micro_batch_size"},
+    "run": {
+        "resume",
+        "overwrite",
+        "max_hours",
+        "log_every",
+        "save_every",
+        "keep",
+        "report_to",
+        "output_dir",
+        "micro_batch_size",
+    },
     "data": {"workers"},
     "deepspeed": {"offload"},
     "model": {"gradient_checkpointing"},
@@ -151,34 +162,67 @@ def find_checkpoint(
     """
     run = config.run
     check_writable(run.output_dir, "run.output_dir")
-    if run.resume == "never":
+    is_over = (run.output_dir / result).exists()
+    if run.resume == "never" or (run.resume == "auto" and run.overwrite and is_over):
+        refuse_finished(config, result)
         return None
-    if run.resume != "auto":
-        found = Path(run.resume)
-        if not is_whole(found):
-            raise UserError(
-                f"run.resume: {found} is no checkpoint of a run. Give a folder checkpoint-N with all that it had, or"
-                " auto, or never."
-            )
-    else:
-        whole = {int(path.name.rpartition("-")[2]): path for path in checkpoints(run.output_dir) if is_whole(path)}
-        if not whole:
-            refuse_finished(run.output_dir, result)
-            return None
-        found = whole[max(whole)]
+    found = newest(run.output_dir) if run.resume == "auto" else Path(run.resume)
+    if found is None:
+        refuse_finished(config, result)
+        return None
+    if not is_whole(found):
+        raise UserError(
+            f"run.resume: {found} is no checkpoint of a run. Give a folder checkpoint-N with all that it had, or"
+            " auto, or never."
+        )
     check_settings(config, found.parent.parent)
+    if found.parent.parent.resolve() != run.output_dir.resolve() or not is_longer(config):
+        refuse_finished(config, result)
     check_ranks(found, ranks, config.deepspeed.zero)
     check_same_rows(found.parent.parent, data)
     return found
 
 
-def refuse_finished(folder: Path, result: str) -> None:
-    """Raises UserError if a folder without checkpoints holds what a run leaves at its end."""
-    if (folder / result).exists():
-        raise UserError(
-            f"run.output_dir {folder} holds a finished run. Set another run.output_dir, or run.resume=never to"
-            " train anew in its place."
-        )
+def refuse_finished(config: TrainConfig, result: str) -> None:
+    """Raises UserError if the folder holds what a run leaves at its end, unless it is to be overwritten."""
+    run = config.run
+    if not (run.output_dir / result).exists():
+        return
+    if run.overwrite:
+        start = getattr(getattr(config, "model", None), "start_from", None)
+        if start is not None and start.resolve().is_relative_to(run.output_dir.resolve()):
+            raise UserError(
+                f"run.overwrite=true would remove model.start_from {start}, which lies in run.output_dir"
+                f" {run.output_dir}: set another run.output_dir."
+            )
+        return
+    length = "run.steps" if run.steps else "run.epochs"
+    longer = f" a larger {length} to train on," if checkpoints(run.output_dir) else ""
+    raise UserError(
+        f"run.output_dir {run.output_dir} holds a finished run. Set another run.output_dir,{longer} or"
+        " run.overwrite=true to train anew in its place."
+    )
+
+
+def is_longer(config: TrainConfig) -> bool:
+    """Whether a run is to take more steps than the one whose settings lie in its folder."""
+    file = config.run.output_dir / SETTINGS
+    return file.is_file() and longer(read_yaml(file).get("run") or {}, config.run.model_dump(mode="json"))
+
+
+def longer(old: Mapping, new: Mapping) -> bool:
+    """Whether a section `run` asks for more of what another asked for, steps or epochs."""
+    return any(old.get(key) and new.get(key) and new[key] > old[key] for key in ("steps", "epochs"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The whole checkpoint of most steps in a run's folder."""
+    return max((path for path in checkpoints(folder) if is_whole(path)), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that were done when it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -193,13 +237,13 @@ def is_whole(checkpoint: Path) -> bool:
     return has_states and (checkpoint / "trainer_state.json").is_file()
 
 
-def tell_of_checkpoint(config: TrainConfig, found: Path | None) -> None:
-    """Prints what a run goes on from, and what in its folder looks like a checkpoint and is none."""
+def tell_of_checkpoint(config: TrainConfig, found: Path | None, steps: int | None = None) -> None:
+    """Prints what a start does, and what in the run's folder looks like a checkpoint and is none."""
     none = [path for path in (config.run.output_dir / CHECKPOINTS).glob("checkpoint-*") if not is_whole(path)]
     for path in none if config.run.resume == "auto" else []:
         print(f"{path} is not a whole checkpoint, so it is passed over.", flush=True)
-    if found is not None:
-        print(f"going on from {found}", flush=True)
+    length = f" of {steps:,} steps" if steps else ""
+    print(f"starts anew{length.replace(' of', ':')}" if found is None else f"goes on from {found}{length}", flush=True)
 
 
 def check_ranks(checkpoint: Path, ranks: int | None, zero: int) -> None:
@@ -208,7 +252,7 @@ def check_ranks(checkpoint: Path, ranks: int | None, zero: int) -> None:
     if ranks is not None and zero and before and ranks != before:
         raise UserError(
             f"{checkpoint} was saved by {before} rank(s), and now there are {ranks}: with deepspeed.zero={zero} each"
-            f" holds a part of the optimizer. Go on with --ranks {before}, or set run.resume=never to start anew."
+            f" holds a part of the optimizer. Go on with --ranks {before}, or set {ANEW} to start anew."
         )
 
 
@@ -220,7 +264,7 @@ def check_same_rows(folder: Path, data: Callable[[], str] | None) -> None:
     if noted.read_text(encoding="utf-8").strip() != data():
         raise UserError(
             f"{folder} holds a run on other rows: what data names has changed since. Put the files back as they were,"
-            " or set another run.output_dir, or run.resume=never to start anew in its place."
+            f" or set another run.output_dir, or {ANEW} to start anew in its place."
         )
 
 
@@ -232,7 +276,7 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
     if changed:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}). Set another run.output_dir, or"
-            " run.resume=never to start anew in its place."
+            f" {ANEW} to start anew in its place."
         )
 
 
@@ -262,7 +306,10 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
         if not isinstance(values, dict):
             changed += [f"{section}: {before}, now {values}"] * (before != values)
             continue
-        for key in values.keys() - (FREE_ON_RESUME.get(section, set()) - fixed):
+        free = FREE_ON_RESUME.get(section, set()) - fixed
+        if section == "run" and longer(before or {}, values):
+            free |= {"steps", "epochs"}
+        for key in values.keys() - free:
             if without_unset((before or {}).get(key)) != without_unset(values[key]):
                 changed.append(f"{section}.{key}: {(before or {}).get(key)}, now {values[key]}")
     return sorted(changed)

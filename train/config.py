@@ -4,6 +4,7 @@ Every unknown key is refused with the nearest known name; `load_config` is the o
 writes the settings as they were resolved, so that a run can be repeated from its own folder.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -118,6 +119,8 @@ class RunSection(Section):
     save_every: int = Field(500, ge=0)  # steps between two checkpoints to resume from; 0 writes none
     keep: int = Field(2, ge=1)  # checkpoints kept, the newest ones
     resume: str = "auto"  # auto: the newest checkpoint of output_dir if any · never · path of a checkpoint you trust
+    overwrite: bool = False  # train anew in place of a finished run, which is removed
+    max_hours: float | None = Field(None, gt=0)  # since the ranks started; then the run saves and stops, to be gone on
     report_to: Literal["tensorboard", "none"] = "tensorboard"
 
     @model_validator(mode="after")
@@ -185,7 +188,9 @@ class TrainConfig(Section):
 
     def save(self, path: Path) -> None:
         """Write the settings as resolved."""
-        path.write_text(plain_yaml.write(self.model_dump(mode="json")), encoding="utf-8")
+        aside = path.with_name(f".{path.name}.part")  # a start that is killed leaves whole settings
+        aside.write_text(plain_yaml.write(self.model_dump(mode="json")), encoding="utf-8")
+        os.replace(aside, path)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Any:

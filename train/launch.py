@@ -11,8 +11,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from train.status import SIGNALS, STOPPED
+
 # In this order HIP takes them: https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html
 VISIBLE_DEVICES = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+ENDED_BY_SIGNAL = (256 - signal.SIGTERM, 128 + signal.SIGTERM)  # as DeepSpeed's launcher passes it on, and a shell
 
 
 def launch(config_path: str | Path, overrides: list[str] | None = None, num_processes: int | None = None) -> int:
@@ -28,7 +31,7 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
     """
     import torch
 
-    from mllm.common.processes import module_command, module_environment
+    from mllm.common.processes import module_environment
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = number_of_ranks(num_processes, gpus)
@@ -38,18 +41,26 @@ def launch(config_path: str | Path, overrides: list[str] | None = None, num_proc
         threads = max(1, available_cores() // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     from train.config import load_config
+    from train.lock import STARTER, only_job
     from train.stages import check, run_alone
 
     config = load_config(config_path, overrides)
-    check(config, ranks=ranks)
-    if run_alone(config):
-        return 0
+    with only_job(config.run.output_dir):
+        check(config, ranks=ranks)
+        if run_alone(config):
+            return 0
+        return run_to_end(ranks_command(config_path, overrides, ranks, gpus), environment | {STARTER: str(os.getpid())})
+
+
+def ranks_command(config_path: str | Path, overrides: list[str] | None, ranks: int, gpus: int) -> list[str]:
+    """What starts the ranks of this machine and ends when one of them fails."""
+    from mllm.common.processes import module_command
+
     # DeepSpeed's launcher of one machine's ranks. Its `runner`, which starts it, drops CUDA_VISIBLE_DEVICES where a
     # number of ranks is given, and of the devices named there it knows those with a number only, not "GPU-…", "MIG-…".
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices_of_ranks(ranks, gpus)}).encode()).decode()
-    command = module_command("deepspeed.launcher.launch", f"--world_info={world}", "--master_port", str(free_port()))
-    command += ["--log_level", "error", "--module", "train", str(config_path), *(overrides or [])]
-    return run_to_end(command, environment)
+    command = module_command("train.ranks_of_machine", f"--world_info={world}", "--master_port", str(free_port()))
+    return [*command, "--log_level", "error", "--module", "train", str(config_path), *(overrides or [])]
 
 
 def number_of_ranks(asked: int | None, gpus: int) -> int:
@@ -76,26 +87,35 @@ def devices_of_ranks(ranks: int, gpus: int) -> list[str | int]:
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a launcher; its exit status. A signal to end, whenever it comes, goes to all that the launcher started."""
-    launcher, is_ending = None, False
+    """Runs a launcher; its exit status.
+
+    A signal to stop, whenever it comes, goes to all that the launcher started, which ends when it has saved. A second
+    one ends all at once.
+    """
+    launcher, asked = None, 0
 
     def stop(*_: object) -> None:
-        nonlocal is_ending
-        is_ending = True
+        nonlocal asked
+        asked += 1
         if launcher is not None:
             with suppress(ProcessLookupError):  # it may just have ended
-                os.killpg(launcher.pid, signal.SIGTERM)
+                os.killpg(launcher.pid, signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         # a group of its own, so that a signal reaches the ranks at once, and whatever they have started
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        if is_ending:  # the signal came before there was anything to end
+        if asked:  # the signal came before there was anything to end
+            asked = 0
             stop()
-        return launcher.wait()
+        status = launcher.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked == 1 and status % 256 in ENDED_BY_SIGNAL:
+        print("stopped before there was anything to save.", file=sys.stderr, flush=True)
+        return STOPPED
+    return status
 
 
 def available_cores() -> int:
@@ -124,6 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a stage of one process
+        print("stopped before there was anything to save.", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":

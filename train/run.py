@@ -45,8 +45,9 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
         set_up_cpu()
     set_seed(config.run.seed)  # adapters start from the same values on every rank
     checkpoint = find_checkpoint(config)
+    steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
     if ranks.is_first():
-        tell_of_checkpoint(config, checkpoint)
+        tell_of_checkpoint(config, checkpoint, steps)
     model, processor = build_model(config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     encoder = ConversationEncoder(processor, min(config.data.max_length, positions))
@@ -55,7 +56,6 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     if not starts_from_adapter(config.model):  # when resumed too: weights come from the checkpoint, the rate from here
         start = start_from_domains(model, EncodedMixture(mixture, encoder), mixture.order(config.run.seed, 0))
         learned = config.model_copy(update={"optim": router_rate_after(config.optim, start)})
-    steps = config.run.steps or math.ceil(config.run.epochs * mixture.epoch_length / config.run.batch_size)
     if ranks.is_first():
         show_run(learned, model, mixture, encoder, steps)
         prepare_folder(config, fresh=checkpoint is None, rows=mixture.digest())
@@ -71,8 +71,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine())
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(config.run.output_dir))
+    trainer.train_and_save(checkpoint)
     if ranks.is_first():
         if trainer.routing.last.layers:
             Console(highlight=False).print(routing_table(trainer.routing.last))
@@ -135,22 +134,35 @@ def base_card(model: nn.Module, path: str, processor: LlavaProcessor) -> str:
         return Path(folder, BASE_CARD).read_text(encoding="utf-8")
 
 
-def prepare_folder(config: TrainConfig, *, fresh: bool, rows: str | None = None) -> None:
+def prepare_folder(
+    config: TrainConfig, *, fresh: bool, rows: str | None = None, results: tuple[str, ...] = (ADAPTER,)
+) -> None:
     """Make `output_dir` with the settings as resolved, and the digest of the rows that are read.
 
-    A new run takes the place of an older one's records; what else lies beside its checkpoints is left.
+    What a finished run left goes first: results always belong to the settings beside them, whenever a run is killed. A
+    new run takes the place of an older one's records, too; what else lies beside its checkpoints is left.
     """
     folder = config.run.output_dir
+    for result in results:
+        remove(folder / result)
     if fresh:
-        for old in checkpoints(folder):
-            old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-        (folder / LOG).unlink(missing_ok=True)
-        (folder / BAD_ROWS).unlink(missing_ok=True)
+        for old in [*checkpoints(folder), folder / TENSORBOARD, folder / LOG, folder / BAD_ROWS]:
+            remove(old)
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder / SETTINGS)
     if rows is not None:
         (folder / ROWS).write_text(f"{rows}\n", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Takes away a file or a folder, if there is one; a folder is out of the way at once, not file by file."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def show_run(config: TrainConfig, model: nn.Module, mixture: Mixture, encoder: ConversationEncoder, steps: int) -> None:

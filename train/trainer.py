@@ -6,6 +6,7 @@ B batch, S sequence, P supervised positions of a batch, V vocabulary.
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ from train.config import TrainConfig
 from train.feed import RunOrder
 from train.parts import gather_adapter, parameter_groups, part_of, trained, write_adapter
 from train.routing import RunRouting
+from train.status import SIGNALS, Stopped
+from train.stop import Stopping
 
 LOG = "train_log.jsonl"
 
@@ -43,6 +46,26 @@ class StageTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
     config: Any
+
+    def train_and_save(self, checkpoint: Path | None) -> None:
+        """The whole of a run from a checkpoint, or anew, on.
+
+        Raises:
+            Stopped: it was asked to stop, and stopped after a whole step, from which it goes on.
+        """
+        run = self.config.run
+        stopping = Stopping(run.max_hours, self.args.device)
+        self.add_callback(stopping)
+        with stopping.listening():
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if not stopping.reason:
+                self.save_model(str(run.output_dir))
+                return
+        where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        raise Stopped(
+            f"stopped after step {self.state.global_step:,} of {self.state.max_steps:,} ({stopping.reason}), saved in"
+            f" {where}. The same command goes on from there."
+        )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer's estimate walks all weights in every micro-batch, and knows nothing of experts."""
@@ -122,7 +145,7 @@ class MllmTrainer(StageTrainer):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=limit_threads,
+            worker_init_fn=begin_worker,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -229,9 +252,14 @@ def stop_if_unusable(loss: Tensor, tokens_B: Tensor, wheres: list[str]) -> None:
         )
 
 
-def limit_threads(worker: int) -> None:
-    """One thread a loading process: they share the cores with training."""
+def begin_worker(worker: int) -> None:
+    """One thread a loading process: they share the cores with training.
+
+    Signals to stop are for the rank: Ctrl-C and a launcher send them to all processes, and Trainer still needs rows.
+    """
     torch.set_num_threads(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class GradientWatch(TrainerCallback):

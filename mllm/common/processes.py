@@ -1,6 +1,8 @@
 """How one process of this project starts another: by module name, as ours and nobody else's. Imports nothing heavy."""
 
+import ctypes
 import os
+import signal
 import site
 import sys
 from pathlib import Path
@@ -32,3 +34,17 @@ def become(module: str, *arguments: str) -> None:
     """Replaces this process by the module's: signals and the exit status are then its own."""
     os.environ.update(module_environment())
     os.execv(sys.executable, module_command(module, *arguments))
+
+
+def end_with_parent(parent: str | None = None) -> None:
+    """From now on this process is killed when the one that started it ends, however that ends. Linux only.
+
+    Args:
+        parent: the id of the process that started this one, where it is known: it may have ended already.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+    if parent is not None and str(os.getppid()) != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -16,8 +16,8 @@ RANKS = 2
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def run_stage(config: Path, *overrides: str, world: int = RANKS) -> None:
-    """`python -m train` on every rank; returns when all are done, all of them well."""
+def run_stage(config: Path, *overrides: str, world: int = RANKS, status: int = 0) -> None:
+    """`python -m train` on every rank; returns when all are done, all of them well, or with the status given."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train.run"])
     with pytest.MonkeyPatch.context() as patch:
@@ -29,7 +29,7 @@ def run_stage(config: Path, *overrides: str, world: int = RANKS) -> None:
             rank.start()
     for rank in ranks:
         rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * world
+    assert [rank.exitcode for rank in ranks] == [status] * world
 
 
 def be_rank(rank: int, world: int, port: str, arguments: list[str]) -> None:

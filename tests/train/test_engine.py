@@ -22,6 +22,7 @@ from tests.train.ranks import run_stage
 from train.config import load_config
 from train.feed import RunOrder
 from train.launch import launch
+from train.status import STOPPED
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 SPLIT_ALL = "deepspeed.persist_below=0"  # else ZeRO-3 would leave weights as small as these whole
@@ -147,6 +148,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(zero_2, res
     whole, halves = (load_file(output / "adapter" / "adapter_model.safetensors") for output in (zero_2, resumed))
     for name in whole:
         torch.testing.assert_close(halves[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_weights_of_an_uninterrupted_one(folder, zero_2):
+    output = folder / "stopped"
+    run_stage(
+        folder / "config.yaml", f"run.output_dir={output}", "run.max_hours=1e-9", "data.workers=1", status=STOPPED
+    )
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert not (output / "adapter").exists()
+    run(folder, "stopped")
+    whole, halves = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (zero_2, output))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -1,6 +1,7 @@
 """Mistakes of the user's: told in words with status 2, and nothing left behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from train.check import check_batch, differences, find_checkpoint, micro_batch, 
 from train.config import RunSection, load_config
 from train.launch import main as launch_main
 from train.run import prepare_folder
+from train.stages import check
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +223,65 @@ def test_an_error_from_a_loading_process_is_told_without_that_processs_traceback
     assert said == "a.json: row 3: image b.png cannot be decoded (OSError: Truncated). Replace it."
 
 
-def test_a_finished_run_is_not_overwritten_unasked(healthy, tmp_path):
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    settings = [f"run.output_dir={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match="finished run"):
-        find_checkpoint(load_config(healthy / "config.yaml", settings))
-    assert find_checkpoint(load_config(healthy / "config.yaml", [*settings, "run.resume=never"])) is None
+@pytest.fixture
+def finished(folder):
+    """A run of five steps with its adapter and a checkpoint at the end."""
+    config = load_config(folder / "config.yaml")
+    prepare_folder(config, fresh=True)
+    write_checkpoint(folder / "run", 5)
+    (folder / "run" / "adapter").mkdir()
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "by name"])
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_finished_run_is_not_touched_unasked(finished, resume, has_checkpoint):
+    checkpoint = finished.parent / "run" / "checkpoints" / "checkpoint-5"
+    if not has_checkpoint:
+        if resume == "by name":
+            return
+        shutil.rmtree(checkpoint)
+    settings = [f"run.resume={checkpoint if resume == 'by name' else resume}"]
+    with pytest.raises(UserError, match=r"holds a finished run.*run\.overwrite=true"):
+        find_checkpoint(load_config(finished, settings))
+    found = find_checkpoint(load_config(finished, [*settings, "run.overwrite=true"]))
+    assert found == (checkpoint if resume == "by name" else None)
+
+
+def test_a_run_may_not_overwrite_what_it_starts_from(finished):
+    start = f"model.start_from={finished.parent / 'run' / 'adapter'}"
+    with pytest.raises(UserError, match=r"would remove model\.start_from"):
+        find_checkpoint(load_config(finished, [start, "run.overwrite=true"]))
+
+
+def test_a_finished_run_is_trained_longer_but_not_shorter(finished):
+    assert find_checkpoint(load_config(finished, ["run.steps=7"])).name == "checkpoint-5"
+    with pytest.raises(UserError, match=r"run\.steps: 5, now 4"):
+        find_checkpoint(load_config(finished, ["run.steps=4"]))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_adapter_is_never_beside_settings_of_another_run(finished, fresh):
+    run = finished.parent / "run"
+    prepare_folder(load_config(finished, ["run.steps=7"]), fresh=fresh)
+    assert not (run / "adapter").exists()
+    assert load_config(run / "config.yaml").run.steps == 7
+
+
+def test_a_finished_image_tokenizer_is_not_trained_anew_unasked(tmp_path):
+    (tmp_path / "run" / "image_tokenizer").mkdir(parents=True)
+    settings = [f"run.output_dir={tmp_path / 'run'}", "run.resume=never"]
+    with pytest.raises(UserError, match="holds a finished run"):
+        check(load_config("image_tokenizer", settings), ranks=1)
+    check(load_config("image_tokenizer", [*settings, "run.overwrite=true"]), ranks=1)
+
+
+def test_a_start_says_what_it_does(folder, capsys):
+    config = load_config(folder / "config.yaml")
+    tell_of_checkpoint(config, None, 12)
+    tell_of_checkpoint(config, Path("runs/x/checkpoints/checkpoint-6"), 12)
+    said = ["starts anew: 12 steps", "goes on from runs/x/checkpoints/checkpoint-6 of 12 steps"]
+    assert capsys.readouterr().out.splitlines() == said
 
 
 RANK = """

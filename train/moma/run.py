@@ -21,6 +21,8 @@ from train.moma.trainer import MomaTrainer
 from train.run import callbacks, prepare_folder, set_up_cpu, training_arguments
 from train.trainer import ProgressLine
 
+RESULTS = (MODEL, "report.json", "report.md", "samples.png")
+
 
 def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     """What a run needs, found in order in a second. Raises UserError naming the key."""
@@ -48,7 +50,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     set_seed(config.run.seed)  # new weights are the same on every rank
     checkpoint = find_checkpoint(config, MODEL)
     if ranks.is_first():
-        tell_of_checkpoint(config, checkpoint)
+        tell_of_checkpoint(config, checkpoint, config.run.steps)
     model, processor = build_moma(config)
     arguments = training_arguments(config, config.run.steps)
     data = as_experts(config.data, model.config.layout)
@@ -56,7 +58,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     start = rows_seen(config, name)
     if ranks.is_first():
         show_run(config, model, rows, start)
-        prepare_folder(config, fresh=checkpoint is None, rows=name)
+        prepare_folder(config, fresh=checkpoint is None, rows=name, results=RESULTS)
     trainer = MomaTrainer(
         config=config,
         processor=processor,
@@ -69,8 +71,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine())
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(config.run.output_dir))
+    trainer.train_and_save(checkpoint)
     if ranks.is_first():
         print(f"model saved in {config.run.output_dir / MODEL}", flush=True)
         if config.report.enabled:

@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import get_scheduler
 
-from mllm.common.errors import UserError
 from mllm.common.folders import check_writable
 from mllm.common.provenance import provenance
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
-from train.check import SETTINGS
+from train.check import refuse_finished
 from train.moma.config import ImageTokenizerSection, MomaStage, PictureSection
 from train.moma.data import captioned
+from train.run import prepare_folder
 from train.trainer import LOG
 
 IS_ALONE = True
@@ -42,8 +42,7 @@ def check(config: Config, *, ranks: int) -> None:
     """Raises UserError for sizes that do not fit, and a folder that cannot be written or holds a finished tokenizer."""
     folder = Path(config.run.output_dir)
     check_writable(folder, "run.output_dir")
-    if (folder / FOLDER).exists() and config.run.resume != "never":
-        raise UserError(f"run.output_dir {folder} holds a finished run; set another, or run.resume=never.")
+    refuse_finished(config, FOLDER)
     ImageTokenizer.small(**config.tokenizer.shape)
 
 
@@ -58,8 +57,8 @@ def run(config: Config, checked: None = None) -> ImageTokenizer:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer.model.to(device)
     pixels = training_pixels(config, tokenizer)
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    config.save(run.output_dir / SETTINGS)
+    prepare_folder(config, fresh=True, results=(FOLDER, "report.json", "reconstructions.png"))
+    print(f"starts anew: {run.steps:,} steps", flush=True)
     learn(config, tokenizer, pixels)
     if settings.kept_codes:
         counted = [picture for picture, _ in islice(captioned(config.data, "train"), COUNTED)]

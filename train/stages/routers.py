@@ -141,7 +141,7 @@ def run(config: Config, mixture: Mixture) -> None:
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     set_seed(config.run.seed)
     if ranks.is_first():
-        prepare_folder(config, fresh=True)
+        prepare_folder(config, fresh=True, results=(ADAPTER, ROUTERS, "report.json", "report.md", "report.png"))
     ranks.barrier()
     run = open_run(config, mixture)
     answers = run.answers(run.trained_rows, "before-train")
