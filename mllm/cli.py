@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.markup import escape
 from mllm.common.errors import UserError
 from mllm.common.folders import check_writable
 from mllm.common.processes import become
+
+if TYPE_CHECKING:
+    from mllm.evaluation.benchmarks import Selection
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -31,6 +34,15 @@ TrainRows = Annotated[
     Path | None, typer.Option("--train", help="Training rows (a mixture YAML or JSON), for the blind baseline.")
 ]
 ImageRoot = Annotated[Path | None, typer.Option(help="Where pictures lie; default: the questions' folder.")]
+Benchmarks = Annotated[
+    list[str] | None,
+    typer.Option("--benchmark", help="A published benchmark by name, or a YAML that describes one; repeat."),
+]
+Suite = Annotated[
+    str | None, typer.Option(help="general, document, biomedical or all: what of it lies below --root is asked.")
+]
+Root = Annotated[Path | None, typer.Option(help="Folder with the benchmarks, each in a folder of its name.")]
+Split = Annotated[str | None, typer.Option(help="Of the benchmarks; default: each one's usual.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N questions of each source.")]
 
 
@@ -85,8 +97,14 @@ def fetch(
 @app.command("eval")
 @plain_errors
 def evaluate(
-    questions: Annotated[Path, typer.Option(help="Questions in LLaVA JSON or JSONL, with answers, metric and domain.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, .json, .md, .png and answers/.")],
+    questions: Annotated[
+        Path | None, typer.Option(help="Questions in LLaVA JSON or JSONL, with answers, metric and domain.")
+    ] = None,
+    benchmark: Benchmarks = None,
+    suite: Suite = None,
+    root: Root = None,
+    split: Split = None,
     model: Annotated[str, typer.Option(help="Folder, hub id, `miniworld`, or `smol` once fetched.")] = "miniworld",
     arm: Arms = None,
     peer: Annotated[
@@ -104,13 +122,19 @@ def evaluate(
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the questions; with GPUs, one each.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what --out already has answers to.")] = False,
 ) -> None:
-    """Answer a question set with several adapters of one model; print and store scores per domain and source.
+    """Answer a question set, or benchmarks, with several adapters of one model; print and store scores per domain and
+    source.
 
     A run that was killed goes on where it was when started again.
     """
     from mllm import register
     from mllm.inference.evaluate import check_evaluation, evaluate_arms
 
+    questions = parse_questions(questions, benchmark, suite, root, split)
+    if questions is None:
+        raise UserError(
+            "what to ask is missing: --questions FILE, --benchmark NAME or --suite NAME, these with --root."
+        )
     register()  # a peer may be any model of this project too
     about = {"peers": parse_peers(peer or []), "train_rows": train_rows, "image_root": image_root, "limit": limit}
     arms = parse_arms(arm or ["base"])
@@ -138,6 +162,10 @@ def score(
     questions: Annotated[
         Path | None, typer.Option(help="What they answer; answers that `mllm eval` wrote carry their labels with them.")
     ] = None,
+    benchmark: Benchmarks = None,
+    suite: Suite = None,
+    root: Root = None,
+    split: Split = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; without it, tables are printed.")] = None,
     train_rows: TrainRows = None,
     image_root: ImageRoot = None,
@@ -146,6 +174,7 @@ def score(
     """Score answers that are there already; no model is needed."""
     from mllm.evaluation.stored import score_files
 
+    questions = parse_questions(questions, benchmark, suite, root, split)
     score_files(parse_files(answers), questions, out, train_rows=train_rows, image_root=image_root, limit=limit)
 
 
@@ -171,6 +200,38 @@ def compare(
     print_tables(comparison_tables(comparison), comparison_notes(comparison))
     if out:
         write_comparison(comparison, out)
+
+
+@app.command()
+@plain_errors
+def benchmarks(
+    root: Annotated[Path | None, typer.Option(help="Also tell which of them lie below this folder.")] = None,
+) -> None:
+    """List the benchmarks that `mllm eval --benchmark` reads: licence, split, metric, where to get them."""
+    from mllm.evaluation.benchmarks import listing
+    from mllm.evaluation.tables import print_tables
+
+    if root is not None and not root.is_dir():
+        raise UserError(f"--root {root} is not a folder.")
+    print_tables([("Benchmarks", *listing(root))], ["A suite is a domain. Each lies in a folder of its name."])
+
+
+def parse_questions(
+    questions: Path | None, names: list[str] | None, suite: str | None, root: Path | None, split: str | None
+) -> "Path | Selection | None":
+    """A file of questions, or benchmarks below a folder; None where neither is given. Raises UserError for both, and
+    for benchmarks without a folder or the other way round."""
+    from mllm.evaluation.benchmarks import Selection
+
+    if not (names or suite):
+        if root or split:
+            raise UserError("--root and --split are of benchmarks: say which, with --benchmark or --suite.")
+        return questions
+    if questions:
+        raise UserError("--questions or benchmarks, not both: they would be scored as one set.")
+    if root is None:
+        raise UserError("--root is missing: the folder with the benchmarks, each in a folder of its name.")
+    return Selection(root=root, asked=tuple(names or ()), suite=suite, split=split)
 
 
 def parse_files(texts: list[str]) -> dict[str, Path]:

@@ -48,6 +48,7 @@ class Conversation:
     domain: str = "unnamed"
     metric: str | None = None
     answers: tuple[str, ...] = ()  # every accepted answer to the last question
+    options: tuple[str, ...] = ()  # what is to be chosen from, as asked; the first is A
     qtype: str | None = None
     where: str = "conversation"  # "file.json: row 12 (id …)", for messages
     opening_dropped: bool = False  # whether the record began with an answer to nothing, which LLaVA drops
@@ -71,7 +72,8 @@ class Conversation:
         absent. Pictures without any mark stand before the first question.
         A first turn may be the system's, or stand under the key `system`. A first turn of the assistant is dropped.
         `loss: false` or `weight: 0` in an answer's turn leaves it out of what is learnt.
-        `source`, `domain`, `metric`, `qtype` and `answers` are taken over where present, other keys are left alone.
+        `source`, `domain`, `metric`, `qtype`, `answers` and `options` (a list of texts) are taken over where present,
+        other keys are left alone.
 
         Args:
             where: file and row, put before every message; the record's id is added to it.
@@ -107,6 +109,7 @@ class Conversation:
             domain=domain or _optional_text(record, "domain", where) or source,
             metric=_optional_text(record, "metric", where),
             answers=_read_answers(record, turns, where),
+            options=_read_options(record),
             qtype=_optional_text(record, "qtype", where),
             where=where,
             opening_dropped=opening_dropped,
@@ -295,6 +298,13 @@ def _read_answers(record: Mapping[str, Any], turns: tuple[Turn, ...], where: str
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str | int | float) for a in answers):
         raise UserError(f"{where}: expected `answers` to be a list of texts that is not empty, got {answers!r:.60}.")
     return tuple(str(answer) for answer in answers)
+
+
+def _read_options(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A list of texts; `options` of another form is some other tool's, and a metric that needs them will say so."""
+    options = record.get("options")
+    is_ours = isinstance(options, list) and all(isinstance(option, str) for option in options)
+    return tuple(options) if is_ours else ()
 
 
 def _optional_text(record: Mapping[str, Any], key: str, where: str) -> str | None:

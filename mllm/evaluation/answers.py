@@ -28,11 +28,12 @@ class Answer:
     qtype: str = ""
     image: str = ""  # questions on one picture are not independent; intervals resample pictures
     where: str = "row"  # file and row, for messages
+    options: tuple[str, ...] = ()  # what was to be chosen from, the first is A
 
     def grade(self) -> float:
         """The grade in [0, 1] by the row's own metric. Raises UserError, naming the row, if it cannot be graded."""
         try:
-            return score(self.metric, self.prediction, self.answers)
+            return score(self.metric, self.prediction, self.answers, self.options)
         except UserError as error:
             raise UserError(f"{self.where}: {error}") from error
 
@@ -63,6 +64,7 @@ def collect_answers(conversations: Iterable[Conversation], predictions: Sequence
             qtype=conversation.qtype or "",
             image=str(conversation.images[0]) if conversation.images else "",
             where=conversation.where,
+            options=tuple(conversation.options),
         )
         for conversation, prediction in zip(conversations, predictions, strict=True)
     ]
@@ -107,6 +109,7 @@ def answer_line(answer: Answer, row: int, *, model_id: str, recipe: Recipe | Non
             "qtype": answer.qtype,
             "metric": answer.metric,
             "answers": list(answer.answers),
+            **({"options": list(answer.options)} if answer.options else {}),
             "image": answer.image,
             "row": row,
             "recipe": recipe and recipe.id,
@@ -177,6 +180,7 @@ def _labelled(record: dict, where: str) -> Answer:
         qtype=labels.get("qtype") or "",
         image=labels.get("image") or "",
         where=where,
+        options=tuple(labels.get("options") or ()),
     )
 
 

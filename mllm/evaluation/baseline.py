@@ -33,7 +33,7 @@ class BlindBaseline:
     def score(self, row: Answer) -> float | None:
         """The guess graded by the row's own metric."""
         guess = self.answer(row)
-        return None if guess is None else score(row.metric, guess, row.answers)
+        return None if guess is None else score(row.metric, guess, row.answers, row.options)
 
 
 def _exchanges(row: Conversation) -> Iterator[tuple[str, str]]:

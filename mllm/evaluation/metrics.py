@@ -1,6 +1,8 @@
 """How a short reply is graded: one function a metric, each `(prediction, answers) -> float in [0, 1]`.
 
-`answers` are all the accepted ones. Text alone is compared; nothing here knows a model.
+`answers` are all the accepted ones. A metric of option letters is also given the options' texts. Text alone is
+compared; nothing here knows a model. Where published numbers depend on a quirk of a reference's code, its exact form
+has a name of its own beside the corrected one, and its docstring says so.
 """
 
 import difflib
@@ -11,6 +13,7 @@ from collections.abc import Callable, Sequence
 from rapidfuzz.distance import Levenshtein
 
 from mllm.common.errors import UserError
+from mllm.evaluation import captions, choices, medical, references, vqa
 
 NOT_GRADED = "not_graded"
 DEFAULT_METRIC = "exact_match"  # of a row that names none
@@ -56,7 +59,8 @@ def normalise(text: str) -> str:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the reply equals an answer after `normalise`.
 
-    The accuracy of GQA (Hudson & Manning 2019), loosened for articles and numbers as in VQA (Antol et al. 2015).
+    The accuracy of GQA (Hudson & Manning 2019), loosened for articles and numbers as in VQA (Antol et al. 2015): the
+    corrected form of `gqa_llava` and `gqa_lmms_eval`.
     """
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
@@ -64,8 +68,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def yes_no_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 if the reply's first word is an answer's first word: yes or no, true or false.
 
-    POPE (Li et al. 2023) as lmms-eval scores it, except that "Yes, there is." counts as "yes" and a reply without
-    either word is wrong; POPE's own script takes such a reply for a yes. "true" is not an answer to a yes/no question.
+    The corrected form of `pope`, `pope_lmms_eval` and `mme`: "Yes, there is." counts as "yes", and a reply without
+    either word is wrong. "true" is not an answer to a yes/no question.
     """
     word = _first_word(prediction)
     return float(word is not None and word in {_first_word(answer) for answer in answers})
@@ -80,8 +84,7 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     """Normalised Levenshtein similarity of one question: the best 1 - NL over the answers, 0 where NL >= 0.5.
 
     The mean over questions is ANLS: Biten et al. 2019 (ST-VQA), equation 1. NL = edit distance / length of the longer,
-    both stripped and lower-cased. Many evaluators also fold blanks for the distance but divide by the unfolded
-    length; the paper does not.
+    both stripped and lower-cased. The corrected form of `anls_official`: a similarity of exactly 0.5 is 0 by the paper.
     """
     reply = prediction.strip().lower()
     distances = (Levenshtein.normalized_distance(reply, answer.strip().lower()) for answer in answers)
@@ -93,6 +96,7 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 if the reply is a number within 5 % of an answer, or else equals it but for case: Masry et al. 2022 (ChartQA).
 
     "5%" is 0.05, in reply and answer alike, so "5" is not "5%". An answer of 0 has no 5 %: it is compared as text.
+    The corrected form of `relaxed_accuracy_official`: outer blanks do not matter.
     """
     return float(any(_relaxed_equal(prediction, answer) for answer in answers))
 
@@ -114,66 +118,25 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA's soft accuracy over ten people's answers: mean over people of min(1, agreeing others / 3).
+NO_FIELD = ("", "none", "n/a", "not available")  # an answer that says that a form does not give the field
 
-    Antol et al. 2015 (VQA), section 3, with the normaliser of the TextVQA evaluator (`_vqa_normalise`). Used by VQAv2,
-    TextVQA, VizWiz and OK-VQA.
 
-    Raises:
-        UserError: not exactly ten answers.
+def field_f1(prediction: str, answers: Sequence[str]) -> float:
+    """1 if a form's field is read right: equal but for case, blanks and a final period; `NO_FIELD` are one answer.
+
+    DUE's F1 over fields (Borchmann et al. 2021) is among the report's figures: a set has it, not a row.
     """
-    if len(answers) != 10:
-        raise UserError(
-            f"vqa_accuracy compares a reply with the answers of ten people, but this row has {len(answers)} answers. "
-            f"Use exact_match for a row whose answers are alternatives."
-        )
-    reply = _vqa_normalise(prediction)
-    agreeing = sum(_vqa_normalise(answer) == reply for answer in answers)
-    # Leaving one person out leaves agreeing - 1 matches where that person agreed and all of them where not.
-    return (agreeing * min(1.0, (agreeing - 1) / 3) + (10 - agreeing) * min(1.0, agreeing / 3)) / 10
+    return float(_field(prediction) in {_field(answer) for answer in answers})
 
 
-_VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_VQA_NUMBER_WORDS = {"none": "0"} | {word: _NUMBER_WORDS[word] for word in _ZERO_TO_NINETEEN.split()[:11]}
-_CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-he's how'd how'll how's isn't it'd it'd've it'll let's ma'am might've mightn't mightn't've must've mustn't needn't
-not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-y'all y'all'll you'd you'd've you'll you're you've"""
+def _field(text: str) -> str:
+    text = collapse(text).removesuffix(".")
+    return "" if text in NO_FIELD else text
 
 
-def _restored_contractions() -> dict[str, str]:
-    """{"dont": "don't", "couldnt've": "couldn't've", "couldn'tve": …}: each spelling with one apostrophe lost."""
-    return {
-        word[:place] + word[place + 1 :]: word
-        for word in _CONTRACTIONS.split()
-        for place, letter in enumerate(word)
-        if letter == "'"
-    }
-
-
-_RESTORED_CONTRACTIONS = _restored_contractions()
-
-
-def _vqa_normalise(text: str) -> str:
-    """The published evaluators' normaliser, with what their code does rather than what it means to do.
-
-    A mark that touches a blank anywhere is dropped everywhere, else it becomes a blank; a period goes unless a digit
-    follows (their look-behind is misspelt and never fires), and only the first 32 do (a flag passed as a count).
-    """
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    without_marks = text
-    for mark in _VQA_PUNCTUATION:
-        touches_blank = f"{mark} " in text or f" {mark}" in text
-        without_marks = without_marks.replace(mark, "" if touches_blank else " ")
-    without_periods = re.sub(r"\.(?!\d)", "", without_marks, count=32)
-    words = (_VQA_NUMBER_WORDS.get(word, word) for word in without_periods.split())
-    return " ".join(_RESTORED_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+def is_no_field(text: str) -> bool:
+    """Whether a reply or an answer says that the form does not give the field."""
+    return not _field(text)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -181,11 +144,41 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "yes_no_accuracy": yes_no_accuracy,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,
-    "vqa_accuracy": vqa_accuracy,
+    "vqa_accuracy": vqa.vqa_accuracy,
+    "open_recall": medical.open_recall,
+    "closed_accuracy": medical.closed_accuracy,
+    "token_f1": medical.token_f1,
+    "rouge_l": captions.rouge_l,
+    "mmmu_open": choices.mmmu_open,
+    "field_f1": field_f1,
 }
+EXACT_FORMS: dict[str, Callable[[str, Sequence[str]], float]] = {  # what published evaluators compute, quirks included
+    "pope": references.pope,
+    "pope_lmms_eval": references.pope_lmms_eval,
+    "mme": references.mme,
+    "anls_official": references.anls_official,
+    "relaxed_accuracy_official": references.relaxed_accuracy_official,
+    "gqa_llava": references.gqa_llava,
+    "gqa_lmms_eval": references.gqa_lmms_eval,
+    "vqa_accuracy_official": vqa.vqa_accuracy_official,
+    "vqa_accuracy_lmms_eval": vqa.vqa_accuracy_lmms_eval,
+    "open_recall_llava_med": medical.open_recall_llava_med,
+    "closed_accuracy_llava_med": medical.closed_accuracy_llava_med,
+    "token_f1_llava_med": medical.token_f1_llava_med,
+    "exact_match_llava_med": medical.exact_match_llava_med,
+    "mmmu_open_official": choices.mmmu_open_official,
+}
+OF_OPTIONS: dict[str, Callable[[str, Sequence[str], Sequence[str]], float]] = {
+    "option_letter": choices.option_letter,
+    "option_letter_circular": choices.option_letter_circular,
+    "option_letter_llava": choices.option_letter_llava,
+    "option_letter_mmbench": choices.option_letter_mmbench,
+    "option_letter_mmmu": choices.option_letter_mmmu,
+}
+ALL_METRICS = METRICS | EXACT_FORMS | OF_OPTIONS
 
 
-def score(metric: str, prediction: str, answers: Sequence[str]) -> float:
+def score(metric: str, prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """The grade in [0, 1] of one reply by the metric of that name.
 
     Raises:
@@ -193,10 +186,12 @@ def score(metric: str, prediction: str, answers: Sequence[str]) -> float:
     """
     if metric == NOT_GRADED:
         raise UserError(f"a row with metric '{NOT_GRADED}' is for training only and has no score; leave it out")
-    if metric not in METRICS:
-        nearest = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.4)
+    if metric not in ALL_METRICS:
+        nearest = difflib.get_close_matches(metric, ALL_METRICS, n=1, cutoff=0.4)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-        raise UserError(f"no metric '{metric}'; there are {', '.join(METRICS)}.{hint}")
+        raise UserError(f"no metric '{metric}'; there are {', '.join(ALL_METRICS)}.{hint}")
     if not answers:
         raise UserError(f"metric '{metric}' needs at least one accepted answer, the row has none")
-    return METRICS[metric](prediction, answers)
+    if metric in OF_OPTIONS:
+        return OF_OPTIONS[metric](prediction, answers, options)
+    return (METRICS | EXACT_FORMS)[metric](prediction, answers)

@@ -15,6 +15,7 @@ import numpy as np
 from mllm.data.conversation import Conversation
 from mllm.evaluation.answers import Answer, write_answers
 from mllm.evaluation.baseline import BlindBaseline
+from mllm.evaluation.figures import figures_of
 from mllm.evaluation.graded import LEVELS, Graded, check_paired, difference, grade
 from mllm.evaluation.intervals import RESAMPLES, interval
 from mllm.evaluation.page import write_page
@@ -38,6 +39,7 @@ def build_report(arms: Mapping[str, Arm], train_rows: Iterable[Conversation], *,
     `arms → name → domains | sources → group → {n, score, ci_low, ci_high, blind, blanked}`, and `mean` with the same
     keys: the plain mean over domains, so that a large domain does not outvote a small one. Scores are in [0, 1],
     intervals 95 %. `blind` is None without training rows, `blanked` without blanked answers.
+    `arms → name → figures → source` holds what a benchmark reports beside the mean, see `mllm.evaluation.figures`.
     `arms → name → recipe` is the id of the recipe that `recipes → id` spells out.
     `differences → arm → earlier arm → domains | sources → group → {difference, ci_low, ci_high}` are paired by row.
 
@@ -52,6 +54,7 @@ def build_report(arms: Mapping[str, Arm], train_rows: Iterable[Conversation], *,
     return {
         "arms": {
             name: _summarise(graded[name], blind, blanked[name], seed)
+            | {"figures": figures_of(graded[name].rows)}
             | ({"recipe": recipes[name].id} if name in recipes else {})
             for name in arms
         },

@@ -7,6 +7,7 @@ from mllm.common.folders import check_writable
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.evaluation.answers import read_answers, read_recipe
+from mllm.evaluation.benchmarks import Selection
 from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
 from mllm.evaluation.report import Arm, build_report, write_report
@@ -15,7 +16,7 @@ from mllm.evaluation.tables import print_report
 
 def score_files(
     files: Mapping[str, Path],
-    questions: Path | None,
+    questions: Path | Selection | None,
     out: Path | None,
     *,
     train_rows: Path | None = None,
@@ -26,7 +27,7 @@ def score_files(
 
     Args:
         files: arm name -> answers in LLaVA's JSONL. NAME.blanked.jsonl beside NAME.jsonl is taken for its blanked ones.
-        questions: what they answer; without it, the labels are those our own answer files carry.
+        questions: what they answer, a file or benchmarks; without it, the labels are those our own answer files carry.
 
     Raises:
         UserError: as `mllm.evaluation.answers.read_answers`, or the arms answer different questions.

@@ -20,6 +20,8 @@ def report_tables(report: dict) -> Iterator[Titled]:
     """(title, column heads, rows) of each table, as text; scores in per cent."""
     yield "Scores per domain", *_score_table(report, "domains")
     yield "Scores per source", *_score_table(report, "sources")
+    if any(arm.get("figures") for arm in report["arms"].values()):
+        yield "Figures of sets", *_figure_table(report["arms"])
     if report["differences"]:
         yield "Paired differences per domain", *_difference_table(report)
     for name, routing in report["routing"].items():
@@ -43,6 +45,22 @@ def _score_table(report: dict, level: str) -> tuple[list[str], list[list[str]]]:
     if level == "domains":
         rows.append(line("mean", {name: arm["mean"] for name, arm in arms.items()}))
     return heads, rows
+
+
+def _figure_table(arms: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """What only a set has (F1, acc+, CIDEr-D …) and the mean of each kind of question; arms side by side."""
+    named = {name: arm.get("figures") or {} for name, arm in arms.items()}
+    keys = dict.fromkeys((source, key) for figures in named.values() for source in figures for key in figures[source])
+    return ["source: figure", *arms], [
+        [f"{source}: {key}", *(_figure(figures.get(source, {}).get(key)) for figures in named.values())]
+        for source, key in keys
+    ]
+
+
+def _figure(figure: dict | None) -> str:
+    if figure is None or figure["unit"] == "%":
+        return percent(figure and figure["value"])
+    return f"{figure['value']:.1f} {figure['unit']}"
 
 
 def _difference_table(report: dict) -> tuple[list[str], list[list[str]]]:

@@ -21,6 +21,7 @@ from mllm.common.provenance import provenance
 from mllm.data.conversation import Conversation
 from mllm.data.mixture import load_mixture
 from mllm.evaluation.answers import Answer
+from mllm.evaluation.benchmarks import Selection
 from mllm.evaluation.questions import read_questions
 from mllm.evaluation.recipe import Recipe
 from mllm.evaluation.report import Arm, build_report, write_report
@@ -36,7 +37,7 @@ Adapter = str | Path | None | Mapping[str, str | Path]  # a folder; none; or a f
 def evaluate_arms(
     model: str,
     adapters: Mapping[str, Adapter],
-    questions: Path,
+    questions: Path | Selection,
     out: Path,
     *,
     peers: Mapping[str, tuple[str, str | Path | None]] | None = None,
@@ -56,6 +57,7 @@ def evaluate_arms(
     Args:
         adapters: arm name -> adapter folder, None for the model alone, or {domain: adapter folder} for specialists,
             each of which answers the questions of its domain. The first arm is what others are compared with.
+        questions: a file of them, or benchmarks below a folder.
         peers: more arms, each a model of its own: arm name -> (folder or hub id, adapter folder or None).
         train_rows: where the blind baseline learns the commonest answers; without it there is no baseline.
         limit: only the first so many questions of each source.
@@ -72,6 +74,8 @@ def evaluate_arms(
     rows, known, models = check_evaluation(
         model, adapters, questions, out, peers=peers or {}, train_rows=train_rows, image_root=image_root, limit=limit
     )
+    if isinstance(questions, Selection):
+        say(questions.told())
     with ranks.joined():
         arms = {
             name: (answer_specialists if isinstance(adapter, Mapping) else answer_arm)(
@@ -88,6 +92,7 @@ def evaluate_arms(
                 "adapters": {name: _plain(adapter) for name, adapter in adapters.items() if adapter},
                 "peers": {name: [str(part) for part in pair if part] for name, pair in (peers or {}).items()},
                 "questions": questions.name,
+                **({"benchmarks": questions.told()} if isinstance(questions, Selection) else {}),
                 "decoding": {"greedy": True, "max_new_tokens": max_new_tokens},
                 "measured": provenance(),
             }
@@ -105,7 +110,7 @@ def _plain(adapter: Adapter) -> str | dict[str, str]:
 def check_evaluation(
     model: str,
     adapters: Mapping[str, Adapter],
-    questions: Path,
+    questions: Path | Selection,
     out: Path,
     *,
     peers: Mapping[str, tuple[str, str | Path | None]],
