@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
+from demo import routing_view
 from demo.guard import Readers, middleware
 from demo.session import FOLDER, ChatSession, Message
 from mllm.common.errors import UserError
@@ -73,6 +74,9 @@ CSS = """
 #header h1 { font-size: 1.15rem; font-weight: 600; margin: 0; }
 #header p { margin: .1rem 0 0; color: var(--body-text-color-subdued); font-size: .875rem; overflow-wrap: anywhere; }
 #header code { font-size: .8125rem; }
+.gradio-container:has(#view) { max-width: 1400px !important; }
+#sides, #talk { flex-grow: 1; }
+#sides { align-items: stretch; }
 #chat .message { overflow-wrap: anywhere; }
 #chat .message .chatbot { white-space: pre-wrap; }
 #chat .message img { max-height: 220px; width: auto; max-width: 100%; object-fit: contain; }
@@ -100,37 +104,53 @@ def build_app(
     steps = Steps(session, readers)
     with gr.Blocks(title="mllm chat", analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as app:
         gr.HTML(_header(model, adapter), elem_id="header", padding=False)
-        chatbot = gr.Chatbot(
-            show_label=False,
-            elem_id="chat",
-            scale=1,
-            height=320,  # at least; it grows to fill the window
-            layout="bubble",
-            buttons=["copy"],
-            feedback_options=None,
-            allow_tags=False,
-            allow_file_downloads=False,
-            render_markdown=False,
-            latex_delimiters=[],
-            placeholder="Add a picture, then ask about it.",
-            examples=[_as_example(example) for example in examples] or None,
+        shows = gr.Checkbox(
+            False, label="Show what the experts do", elem_id="experts", container=False, visible=session.has_experts
         )
-        told = gr.HTML(visible=False, padding=False, elem_id="told")
-        go_on = gr.Button("Continue", visible=False, size="sm", elem_id="continue")
-        notice = gr.HTML(visible=False, padding=False)
-        box = gr.MultimodalTextbox(
-            show_label=False,
-            elem_id="box",
-            sources=["upload"],
-            file_types=["image"],
-            file_count="multiple",
-            placeholder="Ask a question …",
-            max_lines=8,
-        )
-        with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-            temperature = gr.Slider(0.0, 1.5, value=0.0, step=0.05, label="Temperature (0: the likeliest token)")
-            max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
-        turns = gr.State([])
+        with gr.Row(elem_id="sides", equal_height=False):
+            with gr.Column(scale=3, min_width=320, elem_id="talk"):
+                chatbot = gr.Chatbot(
+                    show_label=False,
+                    elem_id="chat",
+                    scale=1,
+                    height=320,  # at least; it grows to fill the window
+                    layout="bubble",
+                    buttons=["copy"],
+                    feedback_options=None,
+                    allow_tags=False,
+                    allow_file_downloads=False,
+                    render_markdown=False,
+                    latex_delimiters=[],
+                    placeholder="Add a picture, then ask about it.",
+                    examples=[_as_example(example) for example in examples] or None,
+                )
+                told = gr.HTML(visible=False, padding=False, elem_id="told")
+                go_on = gr.Button("Continue", visible=False, size="sm", elem_id="continue")
+                notice = gr.HTML(visible=False, padding=False)
+                box = gr.MultimodalTextbox(
+                    show_label=False,
+                    elem_id="box",
+                    sources=["upload"],
+                    file_types=["image"],
+                    file_count="multiple",
+                    placeholder="Ask a question …",
+                    max_lines=8,
+                )
+                with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
+                    temperature = gr.Slider(
+                        0.0, 1.5, value=0.0, step=0.05, label="Temperature (0: the likeliest token)"
+                    )
+                    max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
+            with gr.Column(visible=False, scale=2, min_width=320, elem_id="view") as view:
+                layer = gr.Slider(
+                    -1, max(0, session.num_layers - 1), value=-1, step=1, label="Layer (-1: all)", elem_id="layer"
+                )
+                with gr.Row():
+                    choices = [("all experts", "all"), *_experts_left_out(session.num_experts)]
+                    experts = gr.Dropdown(choices, value="all", label="Answer again with", elem_id="left", scale=2)
+                    again = gr.Button("Answer again", elem_id="again", scale=1)
+                drawn = gr.HTML(padding=False)
+        turns = gr.State(Visit())
         asked = gr.Number(
             visible=False, precision=0
         )  # which turn: a State is read when a step starts, this when it queues
@@ -149,9 +169,16 @@ def build_app(
             "api_visibility": "private",
         }
         turn = [chatbot, box, notice, turns, asked, *about]
-        box.submit(steps.begin, [chatbot, box, turns], turn, **unqueued).then(**model_step)
-        chatbot.retry(_retry, [chatbot, turns], turn, **unqueued).then(**model_step)
-        go_on.click(_go_on, [chatbot, turns], turn, **unqueued).then(**model_step)
+        view_step = {"fn": steps.view, "inputs": [chatbot, turns, layer], "outputs": [drawn], **unqueued}
+        for event, step, inputs in (
+            (box.submit, steps.begin, [chatbot, box, turns]),
+            (chatbot.retry, _retry, [chatbot, turns]),
+            (go_on.click, _go_on, [chatbot, turns]),
+            (again.click, _again, [chatbot, turns, experts]),
+        ):
+            event(step, inputs, turn, **unqueued).then(**model_step).then(**view_step)
+        layer.change(**view_step)
+        shows.change(_show, [turns, shows], [view], **unqueued).then(**view_step)
         box.stop(_stop, [chatbot, turns], [chatbot, box], **unqueued)
         chatbot.clear(_clear, [turns], parts, **unqueued)
         chatbot.undo(_undo, [chatbot, turns], parts, **unqueued)
@@ -187,7 +214,7 @@ def launch(
             theme=gr.themes.Default(
                 primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS
             ).set(**GREY),
-            css=CSS,
+            css=CSS + routing_view.CSS,
             head=HEAD,
             footer_links=[],
             run_history=False,
@@ -212,12 +239,13 @@ class Turn:
     """A question, from asking to the end of its answer. Stop and Clear reach it from other threads than the answer's.
 
     Attributes: `stop`, which ends the generation; `is_cleared`, whether the answer's end is to empty the page;
-    `begun`, tokens of the answer that it goes on from; `record`, what the generation tells at its end.
+    `begun`, tokens of the answer that it goes on from; `without`, experts that are left out; `record`, what the
+    generation tells at its end.
     """
 
-    def __init__(self, begun: Sequence[int] = ()) -> None:
+    def __init__(self, begun: Sequence[int] = (), without: Sequence[int] = ()) -> None:
         self.stop = threading.Event()
-        self.begun = begun
+        self.begun, self.without = begun, without
         self.record = Record()
         self.is_cleared = False
         self.phase: Literal["waiting", "answering", "over"] = "waiting"
@@ -247,13 +275,19 @@ class Turn:
             self.phase = "over"
 
 
+class Visit(list[Turn]):
+    """One person's turns, and what that person has set. `shows_experts`: whether routing is to be kept and drawn."""
+
+    shows_experts = False
+
+
 class Steps:
     """The two steps of a turn, for one session."""
 
     def __init__(self, session: ChatSession, readers: Readers) -> None:
         self._session, self._readers = session, readers
 
-    def begin(self, history: History, typed: dict[str, Any], turns: list[Turn], request: gr.Request = None) -> tuple:
+    def begin(self, history: History, typed: dict[str, Any], turns: Visit, request: gr.Request = None) -> tuple:
         """Show the user's message and note its turn, or say why it cannot be sent and leave it in the box."""
         question = Message("user", typed["text"], tuple(Path(path) for path in typed["files"]))
         try:
@@ -269,7 +303,7 @@ class Steps:
     def answer(
         self,
         history: History,
-        turns: list[Turn],
+        turns: Visit,
         asked: int | None,
         temperature: float,
         max_new_tokens: int,
@@ -282,6 +316,9 @@ class Steps:
             yield unchanged
             return
         turn, over = turns[asked], threading.Event()
+        turn.record.keeps_routing = turns.shows_experts
+        for earlier in turns[:asked]:  # the view is of the last answer, and routing is large
+            earlier.record.forget_routing()
         history = history[: _last_question(history) + 1]  # what was begun of an answer is told again
         options = {"temperature": temperature, "max_new_tokens": int(max_new_tokens), "client": _client(request)}
         try:
@@ -309,7 +346,7 @@ class Steps:
     def _pieces(self, history: History, turn: Turn, options: dict[str, Any]) -> Iterator[tuple]:
         text, problem, same = "", None, gr.skip()
         try:
-            asked = {"stop": turn.stop, "begun": turn.begun, "record": turn.record, **options}
+            asked = {"stop": turn.stop, "begun": turn.begun, "without": turn.without, "record": turn.record, **options}
             with closing(self._session.reply(_messages(history), **asked)) as reply:
                 for text in reply:
                     yield [*history, {"role": "assistant", "content": [_text(text)]}], same, same, same, same
@@ -327,38 +364,69 @@ class Steps:
         else:
             yield *_withdraw(history), _notice(problem), *_told(None)
 
+    def view(self, history: History, turns: Visit, layer: int) -> Any:
+        """Draw the routing of the last answer, where the view is open."""
+        if not turns.shows_experts:
+            return gr.skip()
+        record = turns[-1].record if turns else Record()
+        if record.picks_LTX is None or not history:
+            return "<p>Ask something: what the experts do is recorded from now on.</p>"
+        return self._session.draw(record, _messages(history), None if layer < 0 else int(layer))
+
 
 def _client(request: gr.Request | None) -> str:
     return f"page {request.session_hash}" if request is not None else ""
 
 
-def _ask(history: History, turns: list[Turn], turn: Turn) -> tuple:
-    return history, _busy_box(), _notice(None), [*turns, turn], len(turns), *_told(None)
+def _ask(history: History, turns: Visit, turn: Turn) -> tuple:
+    turns.append(turn)
+    return history, _busy_box(), _notice(None), turns, len(turns) - 1, *_told(None)
 
 
-def _retry(history: History, turns: list[Turn]) -> tuple:
+def _show(turns: Visit, shows: bool) -> dict:
+    """Open or close the view; what is closed is neither recorded nor drawn."""
+    turns.shows_experts = shows
+    return gr.update(visible=shows)
+
+
+def _experts_left_out(number: int) -> list[tuple[str, str]]:
+    """Choices of the view: what it says, and the experts that are left out."""
+    others = {e: [o for o in range(number) if o != e] for e in range(number)}
+    without = [(f"all but expert {e}", str(e)) for e in others]
+    return [*without, *((f"only expert {e}", " ".join(map(str, left))) for e, left in others.items())] if number else []
+
+
+def _again(history: History, turns: Visit, left_out: str) -> tuple:
+    """Answer the last question again, by some of the experts."""
+    asked = _retry(history, turns)
+    if asked[4] is not None:
+        turns[-1].without = [int(number) for number in left_out.split()] if left_out != "all" else []
+    return asked
+
+
+def _retry(history: History, turns: Visit) -> tuple:
     if _is_answering(turns) or not history:
         return gr.skip(), gr.skip(), gr.skip(), gr.skip(), None, gr.skip(), gr.skip()
     return _ask(history[: _last_question(history) + 1], turns, Turn())
 
 
-def _go_on(history: History, turns: list[Turn]) -> tuple:
+def _go_on(history: History, turns: Visit) -> tuple:
     """Write on where the last answer was cut."""
     if not turns or _is_answering(turns) or not turns[-1].record.is_cut:
         return gr.skip(), gr.skip(), gr.skip(), gr.skip(), None, gr.skip(), gr.skip()
     return _ask(history, turns, Turn(begun=turns[-1].record.reply_ids))
 
 
-def _undo(history: History, turns: list[Turn]) -> tuple:
+def _undo(history: History, turns: Visit) -> tuple:
     return (gr.skip(),) * 5 if _is_answering(turns) else (*_withdraw(history), _notice(None), *_told(None))
 
 
-def _is_answering(turns: list[Turn]) -> bool:
+def _is_answering(turns: Visit) -> bool:
     """Whether an answer is still to end, though the page may offer to take it back."""
     return bool(turns) and turns[-1].phase == "answering"
 
 
-def _stop(history: History, turns: list[Turn]) -> tuple:
+def _stop(history: History, turns: Visit) -> tuple:
     """End the answer where it is. If it had not begun, the question goes back into the box."""
     phase = turns[-1].end() if turns else "over"
     if phase == "waiting":
@@ -368,7 +436,7 @@ def _stop(history: History, turns: list[Turn]) -> tuple:
     )
 
 
-def _clear(turns: list[Turn]) -> tuple:
+def _clear(turns: Visit) -> tuple:
     is_answering = bool(turns) and turns[-1].end(clear=True) == "answering"
     return (gr.skip(),) * 5 if is_answering else _empty_page()
 

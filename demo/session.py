@@ -15,12 +15,14 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, ProcessorMixin
 
 from demo.pictures import MAX_PIXELS, Pictures
+from demo.routing_view import routing_html
 from demo.scheduler import Places
 from mllm.common.errors import UserError
 from mllm.common.folders import process_folder
 from mllm.data.conversation import IMAGE_PLACE
 from mllm.data.sources import Source
-from mllm.inference.generate import CHAT, stream
+from mllm.inference.generate import CHAT, Record, stream
+from mllm.mole.model import routed_modules
 
 FOLDER = "mllm-chat"  # of a process, for uploads and small copies
 
@@ -76,6 +78,34 @@ class ChatSession:
     def pictures(self) -> Pictures:
         folder = process_folder(FOLDER) / "copies"
         return Pictures(self.processor.image_processor, folder, max_pixels=self.limits.pixels)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.num_experts > 0
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Real experts of a routed layer; 0 for a model without any."""
+        return next((block.config.num_experts for block in self._routed()), 0)
+
+    @cached_property
+    def num_layers(self) -> int:
+        return len(self._routed())
+
+    def _routed(self) -> list[Any]:
+        return list(routed_modules(self.model)) if hasattr(self, "model") else []
+
+    def draw(self, record: Record, messages: Sequence[Message], layer: int | None) -> str:
+        """The routing of an answer to these messages as HTML, see `routing_view`."""
+        images = [self.pictures.open(path, path.name) for message in messages for path in message.images]
+        tokenizer = self.processor.tokenizer
+        return routing_html(
+            record,
+            images,
+            layer,
+            image_token_id=self.processor.image_token_id,
+            decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        )
 
     def check(self, question: Message, earlier: Sequence[Message] = ()) -> None:
         """Raises `UserError` for a question that the model could not be asked, in words for the person who typed it."""

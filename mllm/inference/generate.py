@@ -239,6 +239,10 @@ class Record:
     router_probs_LTX: Tensor | None = None
     picks_LTX: Tensor | None = None
 
+    def forget_routing(self) -> None:
+        """Lets the memory of the routing go; everything else stays."""
+        self.router_probs_LTX = self.picks_LTX = None
+
 
 def stream(
     model: PreTrainedModel | PeftModel,
@@ -252,6 +256,7 @@ def stream(
     top_p: float = 1.0,
     seed: int | None = None,
     begun: Sequence[int] = (),
+    without: Sequence[int] = (),
     record: Record | None = None,
 ) -> Iterator[str]:
     """Yields the reply to a chat in pieces as it is written.
@@ -269,6 +274,7 @@ def stream(
         top_p: in sampling, the share of probability that the tokens drawn from hold together.
         seed: makes sampling repeatable; none draws anew each time.
         begun: tokens of the reply that were written before; it goes on from there, and they are yielded too.
+        without: numbers of experts that no token is to take, prompt included; see `RoutingContext.bar`.
         record: is filled in when the reply is over.
 
     Raises:
@@ -300,12 +306,16 @@ def stream(
 
     context = routing_context(model)
     forwards: list[Forward | None] = []
+    if without and context is None:
+        raise UserError("The model has no experts that could be left out.")
     routings = _Routings(context) if record is not None and record.keeps_routing and context is not None else None
     watchers = [_StopWhenSet(stop, abandoned), *([routings] if routings is not None else [])]
 
     def generate() -> None:
         started = time.monotonic()
         try:
+            if context is not None:
+                context.bar(without)
             with _seeded(seed, model.device):
                 ids = model.generate(
                     **_inputs(model, prompt), generation_config=settings, streamer=streamer, stopping_criteria=watchers

@@ -37,12 +37,20 @@ def question(text="What?", *pictures):
     return {"role": "user", "content": [*files, {"type": "text", "text": text}]}
 
 
+def of(*turns):
+    return page.Visit(turns)
+
+
+def visit(number):
+    return of(*(page.Turn() for _ in range(number)))
+
+
 def steps(session):
     return page.Steps(session, Readers())
 
 
 def answer(session, history):
-    pieces = list(steps(session).answer(history, [page.Turn()], 0, 0.0, 8))
+    pieces = list(steps(session).answer(history, visit(1), 0, 0.0, 8))
     assert pieces.pop() == (gr.skip(),) * 5  # Gradio sends the last piece again when the answer is complete
     return pieces
 
@@ -70,14 +78,14 @@ def test_an_empty_answer_is_said_to_be_empty():
 def under_way():
     """A turn whose answer has begun, and what is still to come of it."""
     turn = page.Turn()
-    pieces = steps(Scripted("two", "two cells")).answer([question()], [turn], 0, 0.0, 8)
+    pieces = steps(Scripted("two", "two cells")).answer([question()], of(turn), 0, 0.0, 8)
     next(pieces)
     return turn, pieces
 
 
 def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
     turn, pieces = under_way()
-    assert page._stop([question()], [turn]) == (gr.skip(), gr.skip())
+    assert page._stop([question()], of(turn)) == (gr.skip(), gr.skip())
     *_, (history, box, notice, *_), _ = pieces
     assert history == gr.skip()
     assert box["interactive"]
@@ -86,27 +94,27 @@ def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
 
 def test_clear_under_way_leaves_the_page_to_the_answer_which_empties_it_last():
     turn, pieces = under_way()
-    assert page._clear([turn])[0] == gr.skip()
+    assert page._clear(of(turn))[0] == gr.skip()
     *_, (history, box, *_) = pieces
     assert history == []
     assert box["interactive"]
-    assert page._clear([turn])[0] == []  # the answer is over: nobody else would
+    assert page._clear(of(turn))[0] == []  # the answer is over: nobody else would
 
 
 def test_until_an_answer_has_ended_nothing_of_it_is_taken_back_or_asked_again():
     turn, pieces = under_way()
-    page._stop([question()], [turn])
-    assert page._undo([question()], [turn])[0] == gr.skip()
-    assert page._retry([question()], [turn])[4] is None
+    page._stop([question()], of(turn))
+    assert page._undo([question()], of(turn))[0] == gr.skip()
+    assert page._retry([question()], of(turn))[4] is None
     list(pieces)
-    assert page._undo([question()], [turn])[0] == []
-    assert page._retry([question()], [turn])[4] == 1
+    assert page._undo([question()], of(turn))[0] == []
+    assert page._retry([question()], of(turn))[4] == 1
 
 
 def test_a_turn_stopped_while_it_waits_gives_its_question_back_and_never_answers():
-    turns = [page.Turn(), page.Turn()]
-    assert page._stop([question("Mine?")], turns[:1])[1]["value"]["text"] == "Mine?"
-    assert "value" not in page._stop([], turns[:1])[1]  # pressed twice
+    turns = visit(2)
+    assert page._stop([question("Mine?")], of(turns[0]))[1]["value"]["text"] == "Mine?"
+    assert "value" not in page._stop([], of(turns[0]))[1]  # pressed twice
     answers = steps(Scripted("two"))
     assert list(answers.answer([question("Mine?")], turns, 0, 0.0, 8)) == [(gr.skip(),) * 5]
     (history, *_), *_ = answers.answer([question("Yours?")], turns, 1, 0.0, 8)
@@ -116,12 +124,12 @@ def test_a_turn_stopped_while_it_waits_gives_its_question_back_and_never_answers
 def test_an_answer_that_is_cut_off_leaves_its_turn_over():
     turn, pieces = under_way()
     pieces.close()
-    assert page._stop([question()], [turn])[1]["interactive"]
+    assert page._stop([question()], of(turn))[1]["interactive"]
 
 
 def test_retry_asks_the_last_question_again_with_its_pictures():
     told = [question("First?"), {"role": "assistant", "content": "1"}, question("Next?", "a.png")]
-    history, _, _, turns, asked, *_ = page._retry([*told, {"role": "assistant", "content": "2"}], [page.Turn()])
+    history, _, _, turns, asked, *_ = page._retry([*told, {"role": "assistant", "content": "2"}], visit(1))
     assert history == told
     assert len(turns) == 2
     assert turns[asked].begin()
@@ -138,7 +146,7 @@ def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
     session = ChatSession(*tiny_llava())
-    history, box, notice, turns, asked, *_ = steps(session).begin([], {"text": "What?", "files": [str(bad)]}, [])
+    history, box, notice, turns, asked, *_ = steps(session).begin([], {"text": "What?", "files": [str(bad)]}, visit(0))
     assert "bad.png" in notice["value"]
     assert asked is None
     assert turns == gr.skip()
@@ -156,7 +164,7 @@ def test_words_reach_the_page_as_they_are_and_come_back_unchanged():
 def test_an_answer_that_was_cut_says_so_and_can_be_continued_with_its_very_tokens():
     session = ChatSession(*tiny_llava())
     Talker(session.model, session.processor)
-    turns = [page.Turn()]
+    turns = visit(1)
     *_, (_, _, _, told, go_on), _ = steps(session).answer([question()], turns, 0, 0.0, 6)
     assert "Cut" in told["value"]
     assert go_on["visible"]
@@ -171,13 +179,13 @@ def test_an_answer_that_nobody_reads_ends(monkeypatch):
     session = ChatSession(*tiny_llava())
     talker = Talker(session.model, session.processor, delay=0.02)
     gone = SimpleNamespace(session_hash="x")
-    list(steps(session).answer([question()], [page.Turn()], 0, 0.0, 400, gone))
+    list(steps(session).answer([question()], visit(1), 0, 0.0, 400, gone))
     assert talker.num_tokens < 200
 
 
 def test_a_question_too_many_stays_in_the_box_and_is_told_that_the_model_is_busy():
     session = ChatSession(*tiny_llava(), places=Places(waiting=0))
-    _, _, notice, _, asked, *_ = steps(session).begin([], {"text": "What?", "files": []}, [])
+    _, _, notice, _, asked, *_ = steps(session).begin([], {"text": "What?", "files": []}, visit(0))
     assert "busy" in notice["value"]
     assert asked is None
 

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
+from peft import get_peft_model
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
@@ -15,6 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from demo.app import build_app, launch
 from demo.session import ChatSession
+from mllm import MoleConfig
 from tests.demo.talker import Talker
 from tests.tiny import tiny_image, tiny_llava
 
@@ -286,6 +288,44 @@ def test_all_words_stand_out_from_their_background(driver, served, theme):
     page.find("#settings button")[0].click()
     page.wait(lambda: "Temperature" in page.find("#settings")[0].text)
     assert driver.execute_script(CONTRAST) == []
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """The page of a model with experts."""
+    model, processor = tiny_llava()
+    model = get_peft_model(model, MoleConfig(r=2, num_experts=3))
+    app = build_app(ChatSession(model, processor), model="tiny", adapter="experts")
+    yield launch(app, port=None)
+    app.close()
+
+
+def test_the_routing_of_an_answer_is_drawn_by_layer_and_answered_again_without_an_expert(driver, routed, pictures):
+    page = Page(driver, routed)
+    page.find("#experts input")[0].click()
+    page.wait(lambda: page.find("#view"))
+    page.attach(pictures[0])
+    page.ask("What colour?")
+    page.wait(lambda: page.find("#routing .patches i"))
+    patches = [patch.get_attribute("title") for patch in page.find("#routing .patches i")]
+    assert all(title.startswith("probability of expert 0: ") for title in patches)
+    assert page.find("#routing .words span")
+    assert len(page.find("#routing .bars .bar")) == 4  # two layers, picture and text
+
+    slider = page.find("#layer input[type=number]")[0]
+    slider.send_keys(Keys.CONTROL, "a")
+    slider.send_keys("1", Keys.ENTER)
+    page.wait(lambda: [patch.get_attribute("title") for patch in page.find("#routing .patches i")] != patches)
+
+    page.find("#left input")[0].click()
+    page.wait(lambda: page.find("#left [role=option]"))
+    option = next(option for option in page.find("#left [role=option]") if "only expert 2" in option.text)
+    driver.execute_script("arguments[0].dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))", option)
+    page.find("#again")[0].click()
+    page.wait(lambda: page.ready() and all("2: 1.00" in i.get_attribute("title") for i in page.find("#routing i")[:3]))
+
+    page.find("#experts input")[0].click()
+    page.wait(lambda: not page.find("#view"))
 
 
 def test_two_users_wait_for_one_another_and_see_their_own_chat_only(page, talker, served):
