@@ -1,13 +1,17 @@
 """`python -m demo --model miniworld [--adapter FOLDER]`: load a model and serve the chat page."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the chat until interrupted. Returns the exit status: 2 after an error that the user can mend."""
     args = _parser().parse_args(argv)
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # an orderly end, so that uploads go with the process
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     from demo.app import build_app, launch  # imports of seconds, after --help
     from demo.session import ChatSession, load_examples
     from mllm.build import load
@@ -24,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"Of the checkpoint's own generation settings only {', '.join(KEPT)} is kept, not {left}.", flush=True
             )
-        app = build_app(ChatSession(model.eval(), processor), model=args.model, adapter=args.adapter, examples=examples)
-        url = launch(app, host=args.host, port=args.port, share=args.share)
+        adapter = Path(args.adapter).resolve() if args.adapter else None
+        name = adapter and f"{adapter.parent.name}/{adapter.name}"  # runs/experts/adapter: the run tells, not the path
+        app = build_app(ChatSession(model.eval(), processor), model=args.model, adapter=name, examples=examples)
+        url = launch(app, host=args.host, port=args.port, share=args.share, allowed_hosts=args.allow_host)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the first GPU, or else the CPU)")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
     parser.add_argument("--port", type=_port, default=7860, help="port to serve on (default: 7860)")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that browsers call this server by, beside its address, localhost and this machine's; repeat",
+    )  # fmt: skip
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
     return parser
 

@@ -5,8 +5,10 @@ its own processor. B batch, S sequence.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from mllm.data.special_tokens import Reply
 from mllm.data.template import ConversationEncoder
 from mllm.inference.peers import PeerPrompts
 from mllm.mole import routing_context
-from mllm.routing.context import Forward
+from mllm.routing.context import Forward, RoutingContext
 
 THREAD_NAME = "mllm-generate"
 CHAT = "chat"  # stands for a row in messages
@@ -213,6 +215,35 @@ def _answer_batch(
     return [reply.decode(ids_S).strip() for ids_S in ids_BS[:, prompt_length:]]
 
 
+@dataclass
+class Record:
+    """What `stream` tells of a reply besides its text: T tokens of prompt and reply, L routed layers, X experts.
+
+    Attributes:
+        keeps_routing: whether the routing of every token is to be kept; costs a copy of it.
+        prompt_ids, reply_ids: the tokens; what was begun already counts as reply.
+        is_cut: whether the reply ended for want of room, and not by itself or by `stop`.
+        seconds: from the start of the generation.
+        layers: names of the routed layers, in the order they run.
+        router_probs_LTX, picks_LTX: fp32 on the CPU, see `Routing`; of all tokens but the last one, which no forward
+            has read. None for models without routers, and where nobody asked.
+    """
+
+    keeps_routing: bool = False
+    prompt_ids: list[int] = field(default_factory=list)
+    reply_ids: list[int] = field(default_factory=list)
+    is_cut: bool = False
+    seconds: float = 0.0
+    layers: list[str] = field(default_factory=list)
+    num_experts: int = 0
+    router_probs_LTX: Tensor | None = None
+    picks_LTX: Tensor | None = None
+
+    def forget_routing(self) -> None:
+        """Lets the memory of the routing go; everything else stays."""
+        self.router_probs_LTX = self.picks_LTX = None
+
+
 def stream(
     model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
@@ -222,6 +253,11 @@ def stream(
     max_new_tokens: int = 256,
     stop: threading.Event,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    begun: Sequence[int] = (),
+    without: Sequence[int] = (),
+    record: Record | None = None,
 ) -> Iterator[str]:
     """Yields the reply to a chat in pieces as it is written.
 
@@ -235,6 +271,11 @@ def stream(
             control, see `mllm.data.special_tokens`.
         images: RGB pictures, in the order of their marks.
         temperature: 0 is greedy.
+        top_p: in sampling, the share of probability that the tokens drawn from hold together.
+        seed: makes sampling repeatable; none draws anew each time.
+        begun: tokens of the reply that were written before; it goes on from there, and they are yielded too.
+        without: numbers of experts that no token is to take, prompt included; see `RoutingContext.bar`.
+        record: is filled in when the reply is over.
 
     Raises:
         UserError: marks and pictures differ in number, or the conversation does not fit the model. Whatever fails in
@@ -243,34 +284,49 @@ def stream(
     encoder = ConversationEncoder(processor)
     turns = [_turn(message["role"], message["content"]) for message in messages]
     sample = encoder.encode_turns(turns, images, where=CHAT)
-    prompt = {key: sample[key][None] for key in ("input_ids", "attention_mask")}
+    prompt_length = len(sample["input_ids"])
+    input_ids = torch.cat([sample["input_ids"], sample["input_ids"].new_tensor(list(begun))])
+    prompt = {"input_ids": input_ids[None], "attention_mask": torch.ones_like(input_ids)[None]}
     if images:
         prompt["pixel_values"] = sample["pixel_values"]
     settings = _settings(
         model,
         processor.tokenizer,
         [encoder.stop_token_id],
-        prompt_length=prompt["input_ids"].shape[1],
+        prompt_length=len(input_ids),
         where=CHAT,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
     )
     reply = Reply(processor.tokenizer, encoder.template.special.hidden(settings.eos_token_id))
-    streamer = TextIteratorStreamer(reply, skip_prompt=True)
+    streamer = _ReplyStreamer(reply, prompt_length)
     abandoned = threading.Event()
     failures: list[BaseException] = []
 
     context = routing_context(model)
     forwards: list[Forward | None] = []
+    if without and context is None:
+        raise UserError("The model has no experts that could be left out.")
+    routings = _Routings(context) if record is not None and record.keeps_routing and context is not None else None
+    watchers = [_StopWhenSet(stop, abandoned), *([routings] if routings is not None else [])]
 
     def generate() -> None:
+        started = time.monotonic()
         try:
-            model.generate(
-                **_inputs(model, prompt),
-                generation_config=settings,
-                streamer=streamer,
-                stopping_criteria=[_StopWhenSet(stop, abandoned)],
-            )
+            if context is not None:
+                context.bar(without)
+            with _seeded(seed, model.device):
+                ids = model.generate(
+                    **_inputs(model, prompt), generation_config=settings, streamer=streamer, stopping_criteria=watchers
+                )[0].tolist()
+            if record is not None:
+                record.prompt_ids, record.reply_ids = ids[:prompt_length], ids[prompt_length:]
+                is_full = len(ids) - len(input_ids) == settings.max_new_tokens
+                record.is_cut = is_full and ids[-1] not in settings.eos_token_id and not stop.is_set()
+                record.seconds = time.monotonic() - started
+            if routings is not None:
+                routings.fill(record)
             if context is not None:
                 forwards.append(context.forward)
         except BaseException as error:  # handed to the reader, who would otherwise wait for ever
@@ -319,6 +375,7 @@ def _settings(
     where: str,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> GenerationConfig:
     """Plain greedy decoding or sampling, whatever habits the checkpoint's own generation config has.
 
@@ -333,18 +390,23 @@ def _settings(
         max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - prompt_length),
         eos_token_id=sorted({*ends, *own_ends(model)}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **sampling(temperature),
+        **sampling(temperature, top_p=top_p),
     )
 
 
-def sampling(temperature: float, top_k: int = 0) -> dict[str, Any]:
-    """Settings that take the most probable token at temperature 0, and else draw among the `top_k` first, 0 all.
+def sampling(temperature: float, top_k: int = 0, top_p: float = 1.0) -> dict[str, Any]:
+    """Settings that take the most probable token at temperature 0, and else draw among the `top_k` first, 0 all, and
+    among the first that hold `top_p` of the probability together.
 
-    Raises UserError for a temperature below 0.
+    Raises UserError for a temperature below 0, or a `top_p` that is no share.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise UserError(f"temperature is 0 or more, got {temperature}.")
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is above 0 and at most 1, got {top_p}.")
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
 
 def own_ends(model: PreTrainedModel | PeftModel) -> list[int]:
@@ -386,6 +448,51 @@ class _AfterPrefill(LogitsProcessor):
             self.call()
             self.call = None
         return scores
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """While this lasts torch draws by `seed`; afterwards as if nothing had been drawn. None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _ReplyStreamer(TextIteratorStreamer):
+    """Leaves the prompt out and not what was begun of the reply, which `generate` hands over in one piece."""
+
+    def __init__(self, reply: Reply, prompt_length: int) -> None:
+        super().__init__(reply)
+        self._skip = prompt_length
+
+    def put(self, value: Tensor) -> None:
+        value, self._skip = value.flatten()[self._skip :], 0
+        if len(value):
+            super().put(value)
+
+
+class _Routings(StoppingCriteria):
+    """Keeps the routing of every token of a generation of one row; looks after each of its forwards."""
+
+    def __init__(self, context: RoutingContext) -> None:
+        self._context = context
+        self._probs: list[Tensor] = []
+        self._picks: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if self._context.routings:
+            self._probs.append(self._context.stack("router_probs_TX").float().cpu())
+            self._picks.append(self._context.stack("picks_TX").float().cpu())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def fill(self, record: Record) -> None:
+        if self._probs:
+            record.layers = self._context.layers
+            record.num_experts = next(iter(self._context.routings.values())).num_experts
+            record.router_probs_LTX, record.picks_LTX = torch.cat(self._probs, 1), torch.cat(self._picks, 1)
 
 
 class _StopWhenSet(StoppingCriteria):

@@ -45,6 +45,7 @@ class Tokens:
                   what enters the language model
       patches_before_B  [B] int64, picture patches of the row in earlier calls with its cache; None: none
       domains     of the rows, or of what beam search repeats; None where nobody has told them
+      barred      numbers of real experts that no token is to take, see `RoutingContext.bar`
     """
 
     batch_size: int = 0
@@ -56,6 +57,7 @@ class Tokens:
     picture_BD: Tensor | None = None
     patches_before_B: Tensor | None = None
     domains: tuple[str, ...] | None = None
+    barred: tuple[int, ...] = ()
     unknown_past: str = ""  # why nobody knows what the rows showed in earlier calls
     _copies: dict[torch.device, Tokens] = field(default_factory=dict, repr=False)
 
@@ -184,6 +186,7 @@ class _OfThread(threading.local):
     recomputed: Tokens | None = None
     domains: tuple[str, ...] | None = None
     has_told: bool = False
+    barred: tuple[int, ...] = ()
 
 
 def of_tokens(name: str) -> property:
@@ -314,7 +317,7 @@ class RoutingContext:
         """
         thread = self._thread
         domains = thread.domains if thread.has_told else self._domains
-        tokens = self.tokens_class(picture_BD=picture_BD, domains=domains)
+        tokens = self.tokens_class(picture_BD=picture_BD, domains=domains, barred=thread.barred)
         forward = Forward(tokens, expects_gradient, reading=Reading(self._said))
         thread.running = forward
         ids = input_ids if input_ids is not None else inputs_embeds
@@ -385,6 +388,13 @@ class RoutingContext:
         told = None if domains is None else tuple(domains)
         self._thread.domains, self._thread.has_told = told, True
         self._domains = told
+
+    def bar(self, experts: Sequence[int]) -> None:
+        """Let no token of this thread's forwards take these real experts, to see what they do; () lets all again.
+
+        A token that would have no expert left, null ones counted, takes them all the same.
+        """
+        self._thread.barred = tuple(experts)
 
     def end(self) -> None:
         """End the forward: what runs from now on is recomputation and is not recorded."""

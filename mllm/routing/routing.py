@@ -106,7 +106,7 @@ def route(
 
     Args:
         num_experts: E; columns from E on are null experts (AdaMoE, 2406.13233). None: all are real.
-        allowed_TX: bool, the experts a token may take; at least K a token. None: all.
+        allowed_TX: bool, the experts a token may take; of fewer than K, slots stay empty. None: all.
         selection_bias_X: added to the probabilities for choosing, never for weighing (loss-free balance, 2408.15664).
         renormalize: divide the weights by their sum over the token's real picks only (AdaMoE, Eq. 5; with "softmax"
             p_i / Σ p_j, with the others 1 / number of real picks). None: where top_k > 1, since a lone pick would weigh
@@ -124,10 +124,12 @@ def route(
     log_probs_TX = router_logits_TX.log_softmax(-1)
     probs_TX = log_probs_TX.exp()
     expert_ids_TK = _choose(log_probs_TX, selection_bias_X, top_k)
-    is_taken_TK = _taken(probs_TX.detach().gather(1, expert_ids_TK), top_p, drop_share)
+    log_probs_TK = log_probs_TX.gather(1, expert_ids_TK)
+    is_open_TK = ~log_probs_TK.isneginf()  # a token that may take fewer than K leaves slots empty
+    is_taken_TK = _taken(probs_TX.detach().gather(1, expert_ids_TK), top_p, drop_share) & is_open_TK
     is_real_TK = is_taken_TK & (expert_ids_TK < num_experts)
     weights_TK = _weights(
-        log_probs_TX.gather(1, expert_ids_TK), is_real_TK, gate, top_k > 1 if renormalize is None else renormalize
+        log_probs_TK.masked_fill(~is_open_TK, 0.0), is_real_TK, gate, top_k > 1 if renormalize is None else renormalize
     )
     return Routing(router_logits_TX, probs_TX, expert_ids_TK, is_taken_TK, weights_TK, num_experts)
 

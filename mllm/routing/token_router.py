@@ -51,7 +51,7 @@ class TokenRouter(KeepsFp32):
         return route(
             self.router(hidden_TD, tokens),
             num_experts=self.layout.num_experts,
-            allowed_TX=None if self.allowed_PX is None else self.allowed_PX[tokens.modality_T],
+            allowed_TX=self._allowed_TX(tokens),
             selection_bias_X=self.selection_bias,
             top_k=choice.top_k,
             gate=choice.gate,
@@ -59,3 +59,14 @@ class TokenRouter(KeepsFp32):
             top_p=choice.top_p,
             drop_share=choice.drop_share,
         )
+
+    def _allowed_TX(self, tokens: Tokens) -> Tensor | None:
+        allowed_TX = None if self.allowed_PX is None else self.allowed_PX[tokens.modality_T]
+        if not tokens.barred:
+            return allowed_TX
+        device = tokens.sample_T.device
+        if allowed_TX is None:
+            allowed_TX = self.layout.allowed_PX[:1].to(device).expand(len(tokens.sample_T), -1)
+        left_TX = allowed_TX.clone()
+        left_TX[:, list(tokens.barred)] = False
+        return left_TX.where(left_TX.any(1, keepdim=True), allowed_TX)

@@ -1,6 +1,5 @@
 """The page's own logic, without a browser."""
 
-import inspect
 import json
 import os
 import re
@@ -13,8 +12,11 @@ import pytest
 from demo import app as page
 from demo.__main__ import main
 from demo.app import build_app, launch
+from demo.guard import Readers
+from demo.scheduler import Places
 from demo.session import ChatSession, Message
 from mllm.common.errors import UserError
+from tests.demo.talker import Talker
 from tests.tiny import tiny_image, tiny_llava, write_tiny_llava
 
 
@@ -35,44 +37,56 @@ def question(text="What?", *pictures):
     return {"role": "user", "content": [*files, {"type": "text", "text": text}]}
 
 
+def of(*turns):
+    return page.Visit(turns)
+
+
+def visit(number):
+    return of(*(page.Turn() for _ in range(number)))
+
+
+def steps(session):
+    return page.Steps(session, Readers())
+
+
 def answer(session, history):
-    pieces = list(page._answer(session, history, [page.Turn()], 0, 0.0, 8))
-    assert pieces.pop() == (gr.skip(),) * 3  # Gradio sends the last piece again when the answer is complete
+    pieces = list(steps(session).answer(history, visit(1), 0, 0.0, 8))
+    assert pieces.pop() == (gr.skip(),) * 5  # Gradio sends the last piece again when the answer is complete
     return pieces
 
 
 def test_an_error_before_any_text_puts_the_question_back_into_the_box():
-    ((history, box, notice),) = answer(Scripted(error=UserError("too long")), [question("What?", "a.png")])
+    ((history, box, notice, *_),) = answer(Scripted(error=UserError("too long")), [question("What?", "a.png")])
     assert history == []
     assert box["value"] == {"text": "What?", "files": ["a.png"]}
     assert "too long" in notice["value"]
     assert notice["visible"]
 
 
-def test_an_unexpected_failure_keeps_the_text_and_says_so_without_a_trace():
-    *_, (_, box, notice) = answer(Scripted("two", "two cells", error=RuntimeError("<lost>")), [question()])
+def test_an_unexpected_failure_keeps_the_text_and_tells_nothing_of_the_error():
+    *_, (_, box, notice, *_) = answer(Scripted("two", "two cells", error=RuntimeError("<lost>")), [question()])
     assert box["interactive"]
-    assert "RuntimeError: &lt;lost&gt;" in notice["value"]
-    assert "Traceback" not in notice["value"]
+    assert "The model failed" in notice["value"]
+    assert "lost" not in notice["value"]
 
 
 def test_an_empty_answer_is_said_to_be_empty():
-    ((_, _, notice),) = answer(Scripted(), [question()])
+    ((_, _, notice, *_),) = answer(Scripted(), [question()])
     assert "empty answer" in notice["value"]
 
 
 def under_way():
     """A turn whose answer has begun, and what is still to come of it."""
     turn = page.Turn()
-    pieces = page._answer(Scripted("two", "two cells"), [question()], [turn], 0, 0.0, 8)
+    pieces = steps(Scripted("two", "two cells")).answer([question()], of(turn), 0, 0.0, 8)
     next(pieces)
     return turn, pieces
 
 
 def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
     turn, pieces = under_way()
-    assert page._stop([question()], [turn]) == (gr.skip(), gr.skip())
-    *_, (history, box, notice), _ = pieces
+    assert page._stop([question()], of(turn)) == (gr.skip(), gr.skip())
+    *_, (history, box, notice, *_), _ = pieces
     assert history == gr.skip()
     assert box["interactive"]
     assert not notice["visible"]
@@ -80,41 +94,42 @@ def test_stop_under_way_leaves_the_page_to_the_answer_which_keeps_its_text():
 
 def test_clear_under_way_leaves_the_page_to_the_answer_which_empties_it_last():
     turn, pieces = under_way()
-    assert page._clear([turn])[0] == gr.skip()
-    *_, (history, box, _) = pieces
+    assert page._clear(of(turn))[0] == gr.skip()
+    *_, (history, box, *_) = pieces
     assert history == []
     assert box["interactive"]
-    assert page._clear([turn])[0] == []  # the answer is over: nobody else would
+    assert page._clear(of(turn))[0] == []  # the answer is over: nobody else would
 
 
 def test_until_an_answer_has_ended_nothing_of_it_is_taken_back_or_asked_again():
     turn, pieces = under_way()
-    page._stop([question()], [turn])
-    assert page._undo([question()], [turn])[0] == gr.skip()
-    assert page._retry([question()], [turn])[-1] is None
+    page._stop([question()], of(turn))
+    assert page._undo([question()], of(turn))[0] == gr.skip()
+    assert page._retry([question()], of(turn))[4] is None
     list(pieces)
-    assert page._undo([question()], [turn])[0] == []
-    assert page._retry([question()], [turn])[-1] == 1
+    assert page._undo([question()], of(turn))[0] == []
+    assert page._retry([question()], of(turn))[4] == 1
 
 
 def test_a_turn_stopped_while_it_waits_gives_its_question_back_and_never_answers():
-    turns = [page.Turn(), page.Turn()]
-    assert page._stop([question("Mine?")], turns[:1])[1]["value"]["text"] == "Mine?"
-    assert "value" not in page._stop([], turns[:1])[1]  # pressed twice
-    assert list(page._answer(Scripted("two"), [question("Mine?")], turns, 0, 0.0, 8)) == [(gr.skip(),) * 3]
-    (history, *_), *_ = page._answer(Scripted("two"), [question("Yours?")], turns, 1, 0.0, 8)
-    assert history[-1]["content"] == "two"
+    turns = visit(2)
+    assert page._stop([question("Mine?")], of(turns[0]))[1]["value"]["text"] == "Mine?"
+    assert "value" not in page._stop([], of(turns[0]))[1]  # pressed twice
+    answers = steps(Scripted("two"))
+    assert list(answers.answer([question("Mine?")], turns, 0, 0.0, 8)) == [(gr.skip(),) * 5]
+    (history, *_), *_ = answers.answer([question("Yours?")], turns, 1, 0.0, 8)
+    assert history[-1]["content"] == [{"type": "text", "text": "two"}]
 
 
 def test_an_answer_that_is_cut_off_leaves_its_turn_over():
     turn, pieces = under_way()
     pieces.close()
-    assert page._stop([question()], [turn])[1]["interactive"]
+    assert page._stop([question()], of(turn))[1]["interactive"]
 
 
 def test_retry_asks_the_last_question_again_with_its_pictures():
     told = [question("First?"), {"role": "assistant", "content": "1"}, question("Next?", "a.png")]
-    history, _, _, turns, asked = page._retry([*told, {"role": "assistant", "content": "2"}], [page.Turn()])
+    history, _, _, turns, asked, *_ = page._retry([*told, {"role": "assistant", "content": "2"}], visit(1))
     assert history == told
     assert len(turns) == 2
     assert turns[asked].begin()
@@ -122,7 +137,7 @@ def test_retry_asks_the_last_question_again_with_its_pictures():
 
 def test_undo_takes_back_the_last_turn_alone():
     told = [question("First?"), {"role": "assistant", "content": [{"type": "text", "text": "1"}]}]
-    history, box, _ = page._undo([*told, question("Next?", "a.png"), {"role": "assistant", "content": "2"}], [])
+    history, box, *_ = page._undo([*told, question("Next?", "a.png"), {"role": "assistant", "content": "2"}], [])
     assert history == told
     assert box["value"] == {"text": "Next?", "files": ["a.png"]}
 
@@ -131,7 +146,7 @@ def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
     session = ChatSession(*tiny_llava())
-    history, box, notice, turns, asked = page._begin(session, [], {"text": "What?", "files": [str(bad)]}, [])
+    history, box, notice, turns, asked, *_ = steps(session).begin([], {"text": "What?", "files": [str(bad)]}, visit(0))
     assert "bad.png" in notice["value"]
     assert asked is None
     assert turns == gr.skip()
@@ -139,11 +154,40 @@ def test_a_refused_message_stays_in_the_box_and_makes_no_turn(tmp_path):
     assert "value" not in box
 
 
-def test_every_way_to_the_model_goes_through_one_queue_one_at_a_time():
-    app = build_app(Scripted(), model="tiny")
-    answering = [fn for fn in app.fns.values() if inspect.isgeneratorfunction(fn.fn)]
-    assert len(answering) == 2
-    assert {(fn.queue, fn.concurrency_id, fn.concurrency_limit) for fn in answering} == {(True, "model", 1)}
+def test_words_reach_the_page_as_they_are_and_come_back_unchanged():
+    words = "  <b> &amp; <img src=x> *a* &copy;\n    x"
+    told = [{"role": "user", "content": [page._text(words)]}]
+    assert "<" not in told[0]["content"][0]["text"]
+    assert page._messages(told)[0].text == words
+
+
+def test_an_answer_that_was_cut_says_so_and_can_be_continued_with_its_very_tokens():
+    session = ChatSession(*tiny_llava())
+    Talker(session.model, session.processor)
+    turns = visit(1)
+    *_, (_, _, _, told, go_on), _ = steps(session).answer([question()], turns, 0, 0.0, 6)
+    assert "Cut" in told["value"]
+    assert go_on["visible"]
+    _, _, _, turns, asked, *_ = page._go_on([question()], turns)
+    assert turns[asked].begun == turns[0].record.reply_ids
+    *_, (history, *_), _, _ = steps(session).answer([question()], turns, asked, 0.0, 6)
+    assert history[-1]["content"][0]["text"] == "red three yes red"  # twelve tokens
+
+
+def test_an_answer_that_nobody_reads_ends(monkeypatch):
+    monkeypatch.setattr(page, "GONE", 0.2)
+    session = ChatSession(*tiny_llava())
+    talker = Talker(session.model, session.processor, delay=0.02)
+    gone = SimpleNamespace(session_hash="x")
+    list(steps(session).answer([question()], visit(1), 0, 0.0, 400, gone))
+    assert talker.num_tokens < 200
+
+
+def test_a_question_too_many_stays_in_the_box_and_is_told_that_the_model_is_busy():
+    session = ChatSession(*tiny_llava(), places=Places(waiting=0))
+    _, _, notice, _, asked, *_ = steps(session).begin([], {"text": "What?", "files": []}, visit(0))
+    assert "busy" in notice["value"]
+    assert asked is None
 
 
 def test_nothing_of_the_page_is_reported_or_callable_from_outside():

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
+from peft import get_peft_model
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
@@ -13,6 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from demo.app import build_app, launch
 from demo.session import ChatSession
+from mllm import MoleConfig
 from tests.demo.talker import Talker
 from tests.tiny import tiny_image, tiny_llava
 
@@ -181,6 +185,147 @@ def test_a_bad_picture_is_said_in_the_page_and_the_question_stays(page, tmp_path
     assert "torn.png cannot be read" in page.notice()
     assert page.find("#box textarea")[0].get_attribute("value") == "What colour?"
     assert page.answers() == []
+
+
+SHOWN = [
+    "![](http://127.0.0.1:{sink}/a.png) <img src=http://127.0.0.1:{sink}/b.png>",
+    "The tag is <total> and x < y, List<int>.",
+    "1*2*3 _x_ $5 and $6 ~7~ **b** `c` # d",
+    "<script>document.title = 'x'</script> <style>* {{ display: none }}</style> &lt;b&gt;",
+    "[link](http://127.0.0.1:{sink}/c) http://127.0.0.1:{sink}/d",
+    "    - a\n    - b",
+]
+
+
+class Echo(ChatSession):
+    """Says what it is asked."""
+
+    def __init__(self):
+        pass
+
+    def reply(self, messages, **_):
+        yield messages[-1].text
+
+
+@pytest.fixture
+def sink():
+    """A server that notes what it is asked for: its port, and the paths."""
+    paths = []
+
+    class Note(BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_error(404)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Note)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, paths
+    server.shutdown()
+
+
+def test_questions_and_answers_are_shown_letter_by_letter_and_load_nothing(driver, sink):
+    port, paths = sink
+    app = build_app(Echo(), model="tiny")
+    page = Page(driver, launch(app, port=None))
+    expected = [words.format(sink=port) for words in SHOWN]
+    for number, words in enumerate(expected, 1):
+        box = page.wait(lambda: page.find("#box textarea:enabled"))[0]
+        driver.execute_script(
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+            box, words,
+        )  # fmt: skip
+        box.send_keys(Keys.ENTER)
+        page.wait(lambda number=number: len(page.answers()) == number and page.ready())
+    for side in ("user", "bot"):
+        texts = [message.get_attribute("textContent") for message in page.find(f"#chat [data-testid={side}]")]
+        assert texts == expected
+    assert page.find("#chat a, #chat [data-testid] img") == []
+    assert paths == []
+    app.close()
+
+
+def test_a_picture_dropped_anywhere_goes_into_the_box(page, pictures):
+    where = page.find("#chat")[0].rect
+    at = {"x": where["x"] + where["width"] / 2, "y": where["y"] + where["height"] / 2}
+    data = {"items": [], "files": [str(pictures[0])], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **at, "data": data})
+    page.wait(lambda: page.find("#box img"))
+    assert len(page.driver.window_handles) == 1
+
+
+@pytest.fixture
+def phone(driver):
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    yield
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_on_a_phone_the_page_opens_at_its_top_and_fits(phone, page):
+    page.wait(lambda: page.find("#settings"))
+    top, width = page.driver.execute_script("return [scrollY, document.documentElement.scrollWidth]")
+    assert (top, width) == (0, 390)
+
+
+CONTRAST = """
+const light = c => { const v = c.map(x => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+                     return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
+const rgb = text => (text.match(/[\\d.]+/g) || []).map(Number);
+const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
+                      if (c.length == 3 || c[3] == 1) return c; } return [255, 255, 255]; };
+return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && e.innerText &&
+    [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()) && !e.closest("button:disabled")).map(e => {
+  const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
+  return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.innerText.slice(0, 40)];
+}).filter(([ratio]) => ratio < 4.5);
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_all_words_stand_out_from_their_background(driver, served, theme):
+    page = Page(driver, f"{served[0]}?__theme={theme}")
+    page.find("#settings button")[0].click()
+    page.wait(lambda: "Temperature" in page.find("#settings")[0].text)
+    assert driver.execute_script(CONTRAST) == []
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """The page of a model with experts."""
+    model, processor = tiny_llava()
+    model = get_peft_model(model, MoleConfig(r=2, num_experts=3))
+    app = build_app(ChatSession(model, processor), model="tiny", adapter="experts")
+    yield launch(app, port=None)
+    app.close()
+
+
+def test_the_routing_of_an_answer_is_drawn_by_layer_and_answered_again_without_an_expert(driver, routed, pictures):
+    page = Page(driver, routed)
+    page.find("#experts input")[0].click()
+    page.wait(lambda: page.find("#view"))
+    page.attach(pictures[0])
+    page.ask("What colour?")
+    page.wait(lambda: page.find("#routing .patches i"))
+    patches = [patch.get_attribute("title") for patch in page.find("#routing .patches i")]
+    assert all(title.startswith("probability of expert 0: ") for title in patches)
+    assert page.find("#routing .words span")
+    assert len(page.find("#routing .bars .bar")) == 4  # two layers, picture and text
+
+    slider = page.find("#layer input[type=number]")[0]
+    slider.send_keys(Keys.CONTROL, "a")
+    slider.send_keys("1", Keys.ENTER)
+    page.wait(lambda: [patch.get_attribute("title") for patch in page.find("#routing .patches i")] != patches)
+
+    page.find("#left input")[0].click()
+    page.wait(lambda: page.find("#left [role=option]"))
+    option = next(option for option in page.find("#left [role=option]") if "only expert 2" in option.text)
+    driver.execute_script("arguments[0].dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))", option)
+    page.find("#again")[0].click()
+    page.wait(lambda: page.ready() and all("2: 1.00" in i.get_attribute("title") for i in page.find("#routing i")[:3]))
+
+    page.find("#experts input")[0].click()
+    page.wait(lambda: not page.find("#view"))
 
 
 def test_two_users_wait_for_one_another_and_see_their_own_chat_only(page, talker, served):

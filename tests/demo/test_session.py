@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from demo.session import ChatSession, Message, load_examples
 from mllm.common.errors import UserError
 from mllm.data.conversation import Conversation, Turn
 from mllm.data.template import ConversationEncoder
+from mllm.inference.generate import Record
 from tests.demo.talker import Talker
 from tests.tiny import tiny_image, tiny_llava
 
@@ -140,6 +142,51 @@ def test_a_truncated_picture_is_refused_by_name(chat, pictures):
     pictures[0].write_bytes(pictures[0].read_bytes()[:60])
     with pytest.raises(UserError, match=r"red\.png cannot be read"):
         chat.check(Message("user", "What colour?", (pictures[0],)))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([Message("user", "What?", (Path("a.png"),) * 9)], "9 pictures in a question"),
+        ([Message("user", "What?", (Path("a.png"),) * 8)] * 4, "32 pictures in a conversation"),
+        ([Message("user", "a " * 60_000)], "120,000 bytes"),
+        ([Message("user", "\u00e9" * 60_000)], "120,000 bytes"),
+        ([Message("user", "a")] * 401, "401 messages"),
+    ],
+    ids=["pictures of a turn", "pictures of all", "text", "text in bytes", "turns"],
+)
+def test_too_much_is_refused_before_anything_is_read(chat, messages, message):
+    with pytest.raises(UserError, match=message):
+        ask(chat, *messages)
+    assert chat.talker.prompts == []
+
+
+def test_an_error_does_not_speak_of_rows(chat):
+    with pytest.raises(UserError, match=r"^\d+ tokens"):
+        ask(chat, Message("user", "very long " * 400))
+
+
+def test_a_record_tells_tokens_and_whether_the_answer_was_cut(chat):
+    record = Record()
+    ask(chat, Message("user", "Go on."), max_new_tokens=5, record=record)
+    assert (len(record.reply_ids), record.is_cut) == (5, True)
+    assert record.prompt_ids == chat.talker.prompts[0]
+
+
+def test_a_stopped_answer_is_not_called_cut(chat):
+    stop, record = threading.Event(), Record()
+    for _ in chat.reply([Message("user", "Go on.")], stop=stop, record=record):
+        stop.set()
+    assert record.reply_ids
+    assert not record.is_cut
+
+
+def test_the_same_seed_draws_the_same_answer():
+    session = ChatSession(*tiny_llava())
+    first, again, other = (
+        ask(session, Message("user", "Go on."), temperature=1.0, max_new_tokens=8, seed=seed)[-1] for seed in (1, 1, 2)
+    )
+    assert first == again != other
 
 
 def test_a_conversation_longer_than_the_model_is_refused_with_both_numbers(chat):
