@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m demo", description="Chat with a model about pictures, in a browser."
     )
-    parser.add_argument("--model", default="miniworld", help="folder, hub id, `smol` once fetched, or `miniworld` (default)")
+    parser.add_argument("--model", default="miniworld", help="folder, hub id, `smol`, or `miniworld` (default)")
     parser.add_argument("--adapter", help="adapter folder made by training")
     parser.add_argument("--examples", help="LLaVA JSON file, or a folder with one, whose first questions are offered")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the first GPU, or else the CPU)")
