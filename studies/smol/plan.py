@@ -63,7 +63,7 @@ STAGES = {
         captions={source: share / 3 for source, share in CAPTIONS.items()}, questions=ASKED, speech=1.0,
     ),
     "settle": Stage(
-        epochs=0.3, tokens=1024, projector_rate=5e-4, adapter_rate=8e-4,
+        epochs=0.1, tokens=1024, projector_rate=5e-4, adapter_rate=8e-4,
         captions={source: share / 3 for source, share in CAPTIONS.items()}, questions=ASKED, speech=1.0,
     ),
 }  # fmt: skip
