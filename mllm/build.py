@@ -555,7 +555,7 @@ def _load_model(
             device_map=device,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
+            ignore_mismatched_sizes=True,  # told below, by name: transformers' own error is a table of all keys
         )
     except OSError as error:
         raise UserError(

@@ -99,6 +99,8 @@ class StageTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
+        # Trainer loads strictly unless the model is a PeftModel: in stage projector it is none, and a checkpoint leaves
+        # frozen weights out.
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)

@@ -122,6 +122,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     Threads may overlap: the model is put back when the last of them is done.
     """
     with _LOCK:
+        # A second thread finds the modules in evaluation mode and would leave them so: the first one's list counts.
         trained, users = _EVALUATED.setdefault(id(model), ([], []))
         trained += [module for module in model.modules() if module.training]
         users.append(None)

@@ -72,6 +72,7 @@ class MoleModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_adapter_config(self, peft_config: MoleConfig, model_config: dict) -> MoleConfig:
+        # PEFT looks targets up in a table by model type and refuses families it does not list.
         return peft_config  # what to adapt is found in the module tree, see _prepare_model
 
     def _prepare_model(self, peft_config: MoleConfig, model: nn.Module) -> None:

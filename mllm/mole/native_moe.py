@@ -236,6 +236,7 @@ def add_null_experts(
     for layer, block in blocks.items():
         null_weight = _null_rows(block.gate.weight.detach(), config, init, std)
         block.gate = NullRouter(block.gate, config, null_weight, context, layer)
+        # Only under this flag do the eager and grouped functions skip an id of E, which is that of every null pick.
         block.experts._is_expert_parallel = num_null_experts > 0 or drop_share > 0  # transformers' word for "skip E"
         if null_kind == "identity" and num_null_experts:
             block.experts.register_forward_hook(_add_identity)

@@ -124,7 +124,7 @@ def balance_loss_global_batch(
     counts_LPX = pool(picks_LTX, population_T, num_populations, is_counted_T)
     probs_LPX = pool(router_probs_LTX, population_T, num_populations, is_counted_T)
     counts_LPX, num_tokens, num_ranks = over_ranks(counts_LPX, is_counted_T)
-    if window is not None:
+    if window is not None:  # micro-batches are small: even routing within each would forbid experts of a domain
         counts_LPX = window.add(counts_LPX)
     return (target.pressure_PX(counts_LPX) * probs_LPX).sum((1, 2)).mean() * (num_ranks / num_tokens.clamp(min=1))
 
@@ -134,7 +134,7 @@ def over_ranks(counts_LPX: Tensor, is_counted_T: Tensor) -> tuple[Tensor, Tensor
     num_tokens = is_counted_T.sum().float()
     if not (dist.is_available() and dist.is_initialized()):
         return counts_LPX, num_tokens, 1
-    sums = torch.cat([counts_LPX.flatten(), num_tokens[None]])
+    sums = torch.cat([counts_LPX.flatten(), num_tokens[None]])  # one collective a micro-batch, not two
     dist.all_reduce(sums)
     return sums[:-1].view_as(counts_LPX), sums[-1], dist.get_world_size()
 

@@ -91,7 +91,7 @@ class PastRows(CacheLayerMixin):
         return None, None
 
     def get_seq_length(self) -> int:
-        return 0
+        return 0  # a cache tells its length by its first layers; this one has no keys
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0

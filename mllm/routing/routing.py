@@ -121,6 +121,7 @@ def route(
     num_experts = router_logits_TX.shape[1] if num_experts is None else num_experts
     if allowed_TX is not None:
         router_logits_TX = router_logits_TX.masked_fill(~allowed_TX, -torch.inf)
+    # Choices go by log-probabilities: beside a dominant expert the probabilities of others underflow to ties at 0.
     log_probs_TX = router_logits_TX.log_softmax(-1)
     probs_TX = log_probs_TX.exp()
     expert_ids_TK = _choose(log_probs_TX, selection_bias_X, top_k)
@@ -137,6 +138,7 @@ def route(
 def _choose(log_probs_TX: Tensor, selection_bias_X: Tensor | None, top_k: int) -> Tensor:
     if selection_bias_X is None:
         return log_probs_TX.topk(top_k, dim=-1).indices
+    # A positive bias must not lift an expert that the token's group forbids.
     scores_TX = (log_probs_TX.exp() + selection_bias_X).masked_fill(log_probs_TX.isneginf(), -torch.inf)
     return scores_TX.topk(top_k, dim=-1).indices
 

@@ -62,8 +62,8 @@ class Router(KeepsFp32, ABC):
     fixed: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     counts_patches: ClassVar[bool] = False
-    # Of null_logits, temperature, jitter and modality_prior, what it goes by. MoleConfig refuses the others where set:
-    # a router that does not read them would pass over them without a word.
+    # What it goes by, of null_logits, temperature, jitter and modality_prior. MoleConfig refuses the others where they
+    # are set: a router that does not read them would pass over them without a word.
     options: ClassVar[frozenset[str]] = frozenset()
     # Whether `weight` [X, D] and `bias` [X] are a linear map on the hidden state, as `start_routers` sets them.
     is_linear: ClassVar[bool] = False
