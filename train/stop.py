@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.ranks import summed
+from mllm.common.ranks import summed
 from train.status import BEGUN, SIGNALS
 
 
