@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 
 import mllm
 import train
+import train.trainer
 from mllm.data.mixture import load_mixture
 from tests.train.data import write_config
-from tests.train.ranks import run_stage
+from tests.train.ranks import be_rank, run_stage
 from train.config import load_config
 from train.feed import RunOrder
 from train.launch import launch
@@ -160,6 +162,35 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_weights_of_an_uninterrupted
     run(folder, "stopped")
     whole, halves = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (zero_2, output))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def be_rank_on_a_full_disk(rank: int, *arguments) -> None:
+    """Rank 1 cannot write its part of the first checkpoint, rank 0 not the adapter of the second."""
+    save, write, calls = torch.save, train.trainer.write_adapter, Counter()
+
+    def full(function, only: int, time: int):
+        def called(*values, **named):
+            calls[function] += 1
+            if rank == only and calls[function] == time:
+                raise OSError(28, "No space left on device")
+            return function(*values, **named)
+
+        return called
+
+    torch.save, train.trainer.write_adapter = full(save, 1, 1), full(write, 0, 2)
+    be_rank(rank, *arguments)
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_told_and_the_run_lives_on(folder, zero_2, capfd):
+    output = folder / "full"
+    options = (f"run.output_dir={output}", "run.save_every=1")
+    run_stage(folder / "config.yaml", *options, target=be_rank_on_a_full_disk)
+    said = capfd.readouterr().err
+    assert "checkpoint-1 is not saved: another rank" in said
+    assert "checkpoint-2 is not saved: No space left on device. Training goes on" in said
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    whole, lived = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (zero_2, output))
+    assert all(torch.equal(whole[name], lived[name]) for name in whole)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
