@@ -178,8 +178,9 @@ def complete(adapter: PeftConfig, model: PreTrainedModel, section: ModelSection)
 
     A plain LoRA goes where MOLE puts its experts and its attention LoRA, so that two arms differ in the experts alone.
     """
-    if adapter.modules_to_save is None:
-        adapter.modules_to_save = [PROJECTOR] if section.train_projector else []
+    asked = adapter.modules_to_save or []
+    is_asked = any(matches(asked, name) for name, _ in model.named_modules() if PROJECTOR in name.split("."))
+    adapter.modules_to_save = [*asked, PROJECTOR] if section.train_projector and not is_asked else asked
     if isinstance(adapter, LoraConfig) and adapter.target_modules is None:
         targets = find_targets(model, MoleConfig())
         blocks = {name: block_linears(model.get_submodule(name)) for name in targets.blocks}

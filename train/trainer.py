@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.utils import clip_grad_norm_
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -185,6 +186,8 @@ class StageTrainer(Trainer):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        leave_out_frozen(self.deepspeed)
+        keep_gradient_norm(self.deepspeed)
         if resume_from_checkpoint is not None:
             deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -291,6 +294,33 @@ class MllmTrainer(StageTrainer):
                 base_card=self.base_card,
                 start_from=self.config.model.start_from,
             )
+
+
+def leave_out_frozen(engine: Any) -> None:
+    """Keeps frozen weights out of checkpoints under each of their names: DeepSpeed leaves a tied head in."""
+    whole_state = engine.module_state_dict
+
+    def state_dict(*arguments: Any, **named: Any) -> dict[str, Any]:
+        state = whole_state(*arguments, **named)
+        if named.get("exclude_frozen_parameters"):
+            for name, weight in engine.module.named_parameters(remove_duplicate=False):
+                if not weight.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    engine.module_state_dict = state_dict
+
+
+def keep_gradient_norm(engine: Any) -> None:
+    """Under ZeRO 0 the engine clips gradients and forgets their norm, which the log shows."""
+
+    def clip() -> None:
+        norm = clip_grad_norm_(
+            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+        engine.optimizer._global_grad_norm = norm.item()  # where the engine looks for it
+
+    engine.clip_fp32_gradients = clip
 
 
 def least_checkpoint_bytes(model: nn.Module) -> int:

@@ -313,6 +313,20 @@ def test_a_start_says_what_it_does(folder, capsys):
     assert capsys.readouterr().out.splitlines() == said
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["DataLoader worker (pid 17) is killed by signal: Killed. ", "DataLoader worker (pid(s) 3, 4) exited unexpectedly"],
+)
+def test_a_data_loading_process_that_died_is_told_in_words(folder, capfd, monkeypatch, message):
+    def died(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("train.__main__.train", died)
+    said = refused(folder, capfd, monkeypatch)
+    assert message.rpartition(") ")[2].strip(" .") in said
+    assert "lower data.workers" in said
+
+
 RANK = """
 import atexit, builtins, runpy, sys
 import train.config
