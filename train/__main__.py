@@ -42,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         return say(str(stopped), STOPPED) if os.environ["RANK"] == "0" else STOPPED
     except RuntimeError as error:
+        if dead := re.search(r"DataLoader worker \(pid.*?\d\) (.*?)\W*$", str(error), re.MULTILINE):
+            return say(
+                f"error: a process that reads rows {dead[1]}. Where the machine ran out of memory, lower data.workers;"
+                " the same command goes on from the last checkpoint."
+            )
         if "closed by peer" not in str(error):  # gloo's words for a rank that is gone
             raise
         return say("stopped, because another rank did: see its message.")

@@ -20,12 +20,15 @@ from mllm.mole import MoleConfig
 from train.bad_rows import check_limit
 from train.config import RunSection, TrainConfig, read_yaml, renamed
 from train.parts import adapter_config, starts_from_adapter
+from train.seal import damage
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 SETTINGS = "config.yaml"
-ROWS = "rows.txt"  # digest of what a run reads
+ROWS = "rows.txt"  # digest of what a run reads, and a line about each file
+FROM_NEWEST = ("auto", "data")  # values of run.resume
 ANEW = "run.resume=never (for a finished run, run.overwrite=true)"
+WHERE_DATA_LIES = ("data.mixture:", "data.captions:", "data.image_root:", "data.cache:")
 # What may change between a run and its continuation.
 FREE_ON_RESUME = {
     "run": {
@@ -65,7 +68,7 @@ def check_run(config: TrainConfig, *, ranks: int) -> Mixture:
     data = config.data
     mixture = load_mixture(data.mixture, bad_rows=data.bad_rows, max_bad=data.max_bad, too_long=data.too_long)
     name_domains(config, adapter, mixture)
-    find_checkpoint(config, ranks=ranks, data=mixture.digest)
+    find_checkpoint(config, ranks=ranks, data=mixture.contents)
     if config.stage == "instruct" and starts_from_adapter(config.model):
         check_domains(read_adapter_config(start), mixture)
     check_domains(adapter, mixture)
@@ -163,23 +166,23 @@ def find_checkpoint(
     run = config.run
     check_writable(run.output_dir, "run.output_dir")
     is_over = (run.output_dir / result).exists()
-    if run.resume == "never" or (run.resume == "auto" and run.overwrite and is_over):
+    if run.resume == "never" or (run.resume in FROM_NEWEST and run.overwrite and is_over):
         refuse_finished(config, result)
         return None
-    found = newest(run.output_dir) if run.resume == "auto" else Path(run.resume)
+    found = newest(run.output_dir) if run.resume in FROM_NEWEST else Path(run.resume)
     if found is None:
         refuse_finished(config, result)
         return None
-    if not is_whole(found):
+    if run.resume not in FROM_NEWEST and (lack := fault(found)):
         raise UserError(
-            f"run.resume: {found} is no checkpoint of a run. Give a folder checkpoint-N with all that it had, or"
-            " auto, or never."
+            f"run.resume: {found} is no checkpoint of a run: {lack}. Give a folder checkpoint-N with all that it had,"
+            " or auto, or never."
         )
     check_settings(config, found.parent.parent)
     if found.parent.parent.resolve() != run.output_dir.resolve() or not is_longer(config):
         refuse_finished(config, result)
     check_ranks(found, ranks, config.deepspeed.zero)
-    check_same_rows(found.parent.parent, data)
+    check_same_rows(found.parent.parent, data, goes_on=run.resume == "data")
     return found
 
 
@@ -217,7 +220,7 @@ def longer(old: Mapping, new: Mapping) -> bool:
 
 def newest(folder: Path) -> Path | None:
     """The whole checkpoint of most steps in a run's folder."""
-    return max((path for path in checkpoints(folder) if is_whole(path)), key=step_of, default=None)
+    return next(filter(is_whole, sorted(checkpoints(folder), key=step_of, reverse=True)), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -231,17 +234,31 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether Trainer's and DeepSpeed's files are there. Runs write them aside, so theirs always are."""
+    """Whether a checkpoint has all its files, as they were written."""
+    return fault(checkpoint) is None
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, in a few words; None: nothing. Runs write them aside, so theirs are whole at first."""
     latest = checkpoint / "latest"  # DeepSpeed's, with the name of the folder of its states
-    has_states = latest.is_file() and (checkpoint / latest.read_text(encoding="utf-8").strip()).is_dir()
-    return has_states and (checkpoint / "trainer_state.json").is_file()
+    try:
+        has_states = latest.is_file() and (checkpoint / latest.read_text(encoding="utf-8").strip()).is_dir()
+    except (UnicodeDecodeError, ValueError):
+        return "latest is not what was written"
+    if not has_states or not (checkpoint / "trainer_state.json").is_file():
+        return "files are missing"
+    return damage(checkpoint)
 
 
 def tell_of_checkpoint(config: TrainConfig, found: Path | None, steps: int | None = None) -> None:
     """Prints what a start does, and what in the run's folder looks like a checkpoint and is none."""
-    none = [path for path in (config.run.output_dir / CHECKPOINTS).glob("checkpoint-*") if not is_whole(path)]
-    for path in none if config.run.resume == "auto" else []:
-        print(f"{path} is not a whole checkpoint, so it is passed over.", flush=True)
+    if config.run.resume in FROM_NEWEST:
+        for path in sorted((config.run.output_dir / CHECKPOINTS).glob("checkpoint-*")):
+            is_named = path.name.rpartition("-")[2].isdecimal()
+            if is_named and found is not None and step_of(path) <= step_of(found):
+                continue  # not looked at
+            if lack := fault(path):
+                print(f"warning: {path} is not a whole checkpoint ({lack}), so it is passed over.", flush=True)
     length = f" of {steps:,} steps" if steps else ""
     print(f"starts anew{length.replace(' of', ':')}" if found is None else f"goes on from {found}{length}", flush=True)
 
@@ -256,16 +273,29 @@ def check_ranks(checkpoint: Path, ranks: int | None, zero: int) -> None:
         )
 
 
-def check_same_rows(folder: Path, data: Callable[[], str] | None) -> None:
-    """Raises UserError if a run's rows are others than those it began with. Runs of old did not note them."""
+def check_same_rows(folder: Path, data: Callable[[], str] | None, *, goes_on: bool = False) -> None:
+    """Raises UserError, naming what changed, if a run's rows are others than those it began with.
+
+    Runs of old did not note them. With `goes_on` what changed is only told.
+    """
     noted = folder / ROWS
     if data is None or not noted.is_file():
         return
-    if noted.read_text(encoding="utf-8").strip() != data():
+    before, now = noted.read_text(encoding="utf-8").split("\n"), data().split("\n")
+    if before[0].strip() == now[0]:
+        return
+    old, new = ([line for line in lines[1:] if line.strip()] for lines in (before, now))
+    gone, come = ("; ".join(line for line in a if line not in b) for a, b in ((old, new), (new, old)))
+    is_told = bool(old) and bool(gone or come)
+    changed = f"it read {gone or 'no more'}, and now there is {come or 'nothing in its place'}" if is_told else ""
+    changed = changed or "what data names has changed since"
+    if not goes_on:
         raise UserError(
-            f"{folder} holds a run on other rows: what data names has changed since. Put the files back as they were,"
-            f" or set another run.output_dir, or {ANEW} to start anew in its place."
+            f"{folder} holds a run on other rows: {changed}. Put the files back as they were, set run.resume=data to go"
+            f" on with the changed ones, set another run.output_dir, or {ANEW} to start anew in its place."
         )
+    if is_first():
+        print(f"warning: the rows are not those that {folder} began with: {changed}.", flush=True)
 
 
 def check_settings(config: TrainConfig, folder: Path) -> None:
@@ -273,6 +303,8 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
     if not (folder / SETTINGS).is_file():
         return
     changed = differences(renamed(read_yaml(folder / SETTINGS), quiet=True), config.model_dump(mode="json"))
+    if (folder / ROWS).is_file():  # what was read is compared, wherever it lies now
+        changed = [change for change in changed if not change.startswith(WHERE_DATA_LIES)]
     if changed:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}). Set another run.output_dir, or"

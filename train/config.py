@@ -118,7 +118,9 @@ class RunSection(Section):
     log_every: int = Field(10, gt=0)  # steps between two entries of the log
     save_every: int = Field(500, ge=0)  # steps between two checkpoints to resume from; 0 writes none
     keep: int = Field(2, ge=1)  # checkpoints kept, the newest ones
-    resume: str = "auto"  # auto: the newest checkpoint of output_dir if any · never · path of a checkpoint you trust
+    # auto: the newest checkpoint of output_dir if any · data: so too, on rows that have changed since · never · path of
+    # a checkpoint you trust
+    resume: str = "auto"
     overwrite: bool = False  # train anew in place of a finished run, which is removed
     max_hours: float | None = Field(None, gt=0)  # since the ranks started; then the run saves and stops, to be gone on
     report_to: Literal["tensorboard", "none"] = "tensorboard"

@@ -3,7 +3,6 @@
 Parts are what a learning rate can be given to: projector, attention, experts, router, tower, embeddings, other.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from mllm.bases.identity import base_samples, check_start_keeps_base
 from mllm.build import BASE_CARD, PROJECTOR_FILE, load
 from mllm.common.errors import UserError
+from mllm.common.folders import written_whole
 from mllm.common.names import check_names, matches, nearest
 from mllm.mole import MoleConfig, MoleModel
 from mllm.mole.start import Start
@@ -178,8 +178,9 @@ def complete(adapter: PeftConfig, model: PreTrainedModel, section: ModelSection)
 
     A plain LoRA goes where MOLE puts its experts and its attention LoRA, so that two arms differ in the experts alone.
     """
-    if adapter.modules_to_save is None:
-        adapter.modules_to_save = [PROJECTOR] if section.train_projector else []
+    asked = adapter.modules_to_save or []
+    is_asked = any(matches(asked, name) for name, _ in model.named_modules() if PROJECTOR in name.split("."))
+    adapter.modules_to_save = [*asked, PROJECTOR] if section.train_projector and not is_asked else asked
     if isinstance(adapter, LoraConfig) and adapter.target_modules is None:
         targets = find_targets(model, MoleConfig())
         blocks = {name: block_linears(model.get_submodule(name)) for name in targets.blocks}
@@ -409,18 +410,14 @@ def write_adapter(
     The folder appears whole or not at all: it is written beside and renamed. A projector that was started from and
     not trained on is copied along: the adapter does not hold it, and needs it.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
-    else:
-        prefix = f"{projector_name(model)}."
-        projector = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-        save_file(projector, partial / PROJECTOR_FILE, metadata={"format": "pt"})
-    aligned = start_from and start_from / PROJECTOR_FILE
-    if aligned and aligned.is_file() and not any(PROJECTOR in name for name in weights):
-        shutil.copy(aligned, partial)
-    (partial / BASE_CARD).write_text(base_card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    with written_whole(folder) as partial:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
+        else:
+            prefix = f"{projector_name(model)}."
+            projector = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+            save_file(projector, partial / PROJECTOR_FILE, metadata={"format": "pt"})
+        aligned = start_from and start_from / PROJECTOR_FILE
+        if aligned and aligned.is_file() and not any(PROJECTOR in name for name in weights):
+            shutil.copy(aligned, partial)
+        (partial / BASE_CARD).write_text(base_card, encoding="utf-8")

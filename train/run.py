@@ -58,7 +58,7 @@ def run_stage(config: TrainConfig, mixture: Mixture) -> None:
         learned = config.model_copy(update={"optim": router_rate_after(config.optim, start)})
     if ranks.is_first():
         show_run(learned, model, mixture, encoder, steps)
-        prepare_folder(config, fresh=checkpoint is None, rows=mixture.digest())
+        prepare_folder(config, fresh=checkpoint is None, rows=mixture.contents())
     trainer = MllmTrainer(
         config=learned,
         domains=mixture.domains,

@@ -10,12 +10,16 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.utils import clip_grad_norm_
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
@@ -32,10 +36,15 @@ from train.config import TrainConfig
 from train.feed import RunOrder
 from train.parts import gather_adapter, parameter_groups, part_of, trained, write_adapter
 from train.routing import RunRouting
+from train.seal import seal
 from train.status import SIGNALS, Stopped
 from train.stop import Stopping
 
 LOG = "train_log.jsonl"
+
+
+class DiskFull(UserError, OSError):
+    """There is no room for what is to be written."""
 
 
 class StageTrainer(Trainer):
@@ -47,6 +56,12 @@ class StageTrainer(Trainer):
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
     config: Any
 
+    def __init__(self, **kwargs: Any) -> None:
+        """Trainer's own arguments."""
+        super().__init__(**kwargs)
+        self.failures: list[str] = []  # what this rank could not write of a checkpoint
+        self.saved: Path | None = None  # the last checkpoint
+
     def train_and_save(self, checkpoint: Path | None) -> None:
         """The whole of a run from a checkpoint, or anew, on.
 
@@ -54,18 +69,42 @@ class StageTrainer(Trainer):
             Stopped: it was asked to stop, and stopped after a whole step, from which it goes on.
         """
         run = self.config.run
+        self.saved = checkpoint
+        check_space(run.output_dir, self._bytes_to_come())
         stopping = Stopping(run.max_hours, self.args.device)
         self.add_callback(stopping)
         with stopping.listening():
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if not stopping.reason:
-                self.save_model(str(run.output_dir))
+                self._save_result()
                 return
-        where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        raise Stopped(
-            f"stopped after step {self.state.global_step:,} of {self.state.max_steps:,} ({stopping.reason}), saved in"
-            f" {where}. The same command goes on from there."
-        )
+        at = f"stopped after step {self.state.global_step:,} of {self.state.max_steps:,} ({stopping.reason})"
+        if self.saved is None:
+            raise Stopped(f"{at}; no checkpoint could be saved, so the same command starts anew.")
+        raise Stopped(f"{at}, saved in {self.saved}. The same command goes on from there.")
+
+    def _save_result(self) -> None:
+        """What a finished run leaves. Raises UserError, on rank 0, where it cannot be written."""
+        self.failures.clear()
+        with self._noting_failures():
+            self.save_model(str(self.config.run.output_dir))
+        if self.failures:
+            again = f"go on from {self.saved}" if self.saved else "train anew"
+            raise UserError(
+                f"what was trained cannot be written into {self.config.run.output_dir}: {self.failures[0]}. Make room"
+                f" and start the same command again, to {again}."
+            )
+
+    def _bytes_to_come(self) -> int:
+        """What checkpoints and the result take at the least, besides the checkpoints that are there."""
+        run, one = self.config.run, self._checkpoint_bytes()
+        if not run.save_every:
+            return one // 4
+        number = (
+            min(run.keep, -(-self.args.max_steps // run.save_every)) + 1
+        )  # a new one is whole before an old one goes
+        there = len(list(Path(self.args.output_dir).glob("checkpoint-*")))
+        return max(number - there, 1) * one + one // 4
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer's estimate walks all weights in every micro-batch, and knows nothing of experts."""
@@ -73,28 +112,75 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Written aside by all ranks and renamed when all are done: a folder that bears the name checkpoint-N is whole.
+        # What one rank cannot write must not keep it from what all do together, or the others would wait for it.
         folder, partial = Path(self.args.output_dir), Path(self.args.output_dir, ".partial")
-        if self.args.should_save:
+        name = f"checkpoint-{self.state.global_step}"
+        self.failures.clear()
+        with self._noting_failures():
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / name).mkdir(parents=True)
+                check_space(folder, self._checkpoint_bytes())
+        if self._all_well():
+            self.args.output_dir = str(partial)
+            try:
+                with self._noting_failures(), patched(self, "save_model", self._noting_failures):
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(folder)
+            if self._all_well():
+                with self._noting_failures():
+                    if self.args.should_save:
+                        seal(partial / name)
+                        shutil.rmtree(folder / name, ignore_errors=True)
+                        os.rename(partial / name, folder / name)
+        if self._all_well():
+            self.saved = folder / name
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+                rotate_checkpoints(str(folder), self.config.run.keep)
+        elif self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        ranks.barrier()
-        self.args.output_dir = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(folder)
-        ranks.barrier()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.rename(partial / name, folder / name)
-            rotate_checkpoints(str(folder), self.config.run.keep)
+            why = self.failures[0] if self.failures else "another rank could not write its part"
+            last = f"; the last one saved is {self.saved}" if self.saved else ""
+            print(f"\nwarning: {name} is not saved: {why}{last}. Training goes on.", file=sys.stderr, flush=True)
         ranks.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Trainer leaves frozen weights out for a PeftModel only; in stage projector the model is none.
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        engine = self.model_wrapped
+        writer = engine.checkpoint_engine
+        with (
+            patched(writer, "save", self._noting_failures),
+            patched(engine, "_copy_recovery_script", self._noting_failures),
+        ):
+            # Trainer leaves frozen weights out for a PeftModel only; in stage projector the model is none.
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True, save_latest=False)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+            with self._noting_failures():
+                Path(output_dir, "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        """Keeps what cannot be written as a sentence, and goes on."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.failures.append(getattr(error, "strerror", None) or str(error))
+        except RuntimeError as error:  # torch's zip writer tells no more than where it stood
+            if "writ" not in str(error):
+                raise
+            self.failures.append(str(error).splitlines()[0])
+
+    def _all_well(self) -> bool:
+        """Whether no rank failed to write. All ranks call it together."""
+        return not ranks.summed(torch.tensor(float(len(self.failures)), device=self.args.device)).item()
+
+    def _checkpoint_bytes(self) -> int:
+        """What the next checkpoint takes: as much as the last one, or what it holds at the least."""
+        if self.saved is not None:
+            return sum(path.stat().st_size for path in self.saved.rglob("*") if path.is_file())
+        return least_checkpoint_bytes(self.model)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -102,6 +188,8 @@ class StageTrainer(Trainer):
         # Trainer loads strictly unless the model is a PeftModel: in stage projector it is none, and a checkpoint leaves
         # frozen weights out.
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        leave_out_frozen(self.deepspeed)
+        keep_gradient_norm(self.deepspeed)
         if resume_from_checkpoint is not None:
             deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -209,6 +297,65 @@ class MllmTrainer(StageTrainer):
                 base_card=self.base_card,
                 start_from=self.config.model.start_from,
             )
+
+
+def leave_out_frozen(engine: Any) -> None:
+    """Keeps frozen weights out of checkpoints under each of their names: DeepSpeed leaves a tied head in."""
+    whole_state = engine.module_state_dict
+
+    def state_dict(*arguments: Any, **named: Any) -> dict[str, Any]:
+        state = whole_state(*arguments, **named)
+        if named.get("exclude_frozen_parameters"):
+            for name, weight in engine.module.named_parameters(remove_duplicate=False):
+                if not weight.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    engine.module_state_dict = state_dict
+
+
+def keep_gradient_norm(engine: Any) -> None:
+    """Under ZeRO 0 the engine clips gradients and forgets their norm, which the log shows."""
+
+    def clip() -> None:
+        norm = clip_grad_norm_(
+            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+        engine.optimizer._global_grad_norm = norm.item()  # where the engine looks for it
+
+    engine.clip_fp32_gradients = clip
+
+
+def least_checkpoint_bytes(model: nn.Module) -> int:
+    """Trained weights in fp32 as the engine has them, AdamW's two moments, and the adapter: four of four bytes."""
+    return 16 * sum(getattr(weight, "ds_numel", weight.numel()) for _, weight in trained(model))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises DiskFull if so many bytes do not fit on the disk of a folder, or of the folder it is to be made in."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise DiskFull(
+            f"{there} has {free / 1e6:,.1f} MB left, and at least {needed / 1e6:,.1f} MB are needed. Make room, set"
+            " another run.output_dir, or lower run.keep"
+        )
+
+
+@contextmanager
+def patched(owner: Any, name: str, around: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Lets a method of one object run within a context of ours."""
+    method = getattr(owner, name)
+
+    def within(*arguments: Any, **named: Any) -> None:
+        with around():
+            method(*arguments, **named)
+
+    setattr(owner, name, within)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 class AnswerLosses(NamedTuple):
@@ -383,5 +530,11 @@ class LogFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            length = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            except OSError as error:  # a full disk: the run goes on without this entry, half of which may be there
+                with suppress(OSError):
+                    os.truncate(self.path, length)
+                print(f"\nwarning: {self.path} cannot be written: {error.strerror}.", file=sys.stderr, flush=True)

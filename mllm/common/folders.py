@@ -5,6 +5,8 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -57,3 +59,18 @@ def _lock(folder: Path) -> int | None:
 def _remove(folder: Path, owner: int) -> None:
     if os.getpid() == owner:  # a forked process ends without its parent's folder
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` at the end; what fails leaves nothing of its half."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)

@@ -173,6 +173,14 @@ class Mixture(Dataset[Conversation]):
             name.update(json.dumps(about).encode("utf-8", "surrogatepass") + part.content)
         return name.hexdigest()[:16]
 
+    def contents(self) -> str:
+        """The digest, and a line about each source, by which a change can be named."""
+        lines = [self.digest()]
+        for part, entry in zip(self.parts, self.config.sources, strict=True):
+            content = hashlib.sha256(part.content).hexdigest()[:12]
+            lines.append(f"{part.path.name}: {len(part):,} rows of content {content}, weight {entry.weight:g}")
+        return "\n".join(lines)
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Row indices of one epoch, int64 `[epoch_length]`; a pure function of its arguments.
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 
 import mllm
 import train
+import train.trainer
 from mllm.data.mixture import load_mixture
 from tests.train.data import write_config
-from tests.train.ranks import run_stage
+from tests.train.ranks import be_rank, run_stage
 from train.config import load_config
 from train.feed import RunOrder
 from train.launch import launch
@@ -119,6 +121,14 @@ def test_five_losses_are_the_same_under_zero_0_2_and_3(zero_0, zero_2, zero_3):
         torch.testing.assert_close(torch.tensor(list(losses(other).values())), expected, rtol=1e-5, atol=0)
 
 
+def test_the_gradient_norm_is_logged_alike_under_every_zero_stage(zero_0, zero_2, zero_3):
+    first, second, third = (
+        [entry["grad_norm"] for entry in log(output).values()] for output in (zero_0, zero_2, zero_3)
+    )
+    assert first == pytest.approx(second, rel=1e-4)
+    assert first == pytest.approx(third, rel=1e-2)
+
+
 def test_ranks_that_hold_only_text_step_together_with_ranks_that_hold_pictures(folder, zero_2, zero_3):
     config = load_config(folder / "config.yaml")
     mixture = load_mixture(config.data.mixture)
@@ -160,6 +170,36 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_weights_of_an_uninterrupted
     run(folder, "stopped")
     whole, halves = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (zero_2, output))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def be_rank_on_a_full_disk(rank: int, *arguments) -> None:
+    """Rank 1 cannot write its part of the first checkpoint, rank 0 not the adapter of the second."""
+    save, write, calls = torch.save, train.trainer.write_adapter, Counter()
+
+    def full(function, only: int, time: int):
+        def called(*values, **named):
+            is_file = any(isinstance(value, str | Path) for value in values)  # torch sends objects by `save`, too
+            calls[function] += is_file
+            if is_file and rank == only and calls[function] == time:
+                raise OSError(28, "No space left on device")
+            return function(*values, **named)
+
+        return called
+
+    torch.save, train.trainer.write_adapter = full(save, 1, 1), full(write, 0, 2)
+    be_rank(rank, *arguments)
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_told_and_the_run_lives_on(folder, zero_2, capfd):
+    output = folder / "full"
+    options = (f"run.output_dir={output}", "run.save_every=1")
+    run_stage(folder / "config.yaml", *options, target=be_rank_on_a_full_disk)
+    said = capfd.readouterr().err
+    assert "checkpoint-1 is not saved: another rank" in said
+    assert "checkpoint-2 is not saved: No space left on device. Training goes on" in said
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    whole, lived = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (zero_2, output))
+    assert all(torch.equal(whole[name], lived[name]) for name in whole)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -179,22 +179,51 @@ def test_without_zero_nothing_is_split_and_any_number_of_ranks_goes_on(folder):
     assert find_checkpoint(load_config(folder / "config.yaml", ["deepspeed.zero=0"]), ranks=1) == checkpoint
 
 
-@pytest.mark.parametrize("change", ["an answer", "a row less", "a weight"])
-def test_changed_rows_are_not_gone_on_with(folder, change):
+CHANGES = {
+    "an answer": r"it read rows\.json: 64 rows .*now there is rows\.json: 64 rows",
+    "a row less": r"it read rows\.json: 64 rows .*now there is rows\.json: 63 rows",
+    "a weight": r"weight 1, and .*weight 2",
+    "a file more": r"it read no more, and now there is more\.json: 64 rows",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_rows_are_named_and_gone_on_with_only_when_told(folder, change, monkeypatch, capsys):
     config = load_config(folder / "config.yaml", [f"data.mixture={folder}/mixture.yaml"])
-    prepare_folder(config, fresh=True, rows=load_mixture(config.data.mixture).digest())
-    write_checkpoint(folder / "run", 3)
-    assert find_checkpoint(config, data=load_mixture(config.data.mixture).digest)
+    prepare_folder(config, fresh=True, rows=load_mixture(config.data.mixture).contents())
+    checkpoint = write_checkpoint(folder / "run", 3)
+    assert find_checkpoint(config, data=load_mixture(config.data.mixture).contents) == checkpoint
     rows, mixture = json.loads((folder / "rows.json").read_text()), folder / "mixture.yaml"
     if change == "an answer":
         rows[-1]["conversations"][-1]["value"] = "other"
     elif change == "a row less":
         rows.pop()
-    else:
+    elif change == "a weight":
         mixture.write_text(mixture.read_text().replace("}]", ", weight: 2}]"))
+    else:
+        (folder / "more.json").write_text(json.dumps(rows))
+        mixture.write_text(mixture.read_text().replace("}]", "}, {path: more.json}]"))
     (folder / "rows.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="other rows"):
-        find_checkpoint(config, data=load_mixture(config.data.mixture).digest)
+    now = load_mixture(config.data.mixture).contents
+    with pytest.raises(UserError, match=f"other rows: .*{CHANGES[change]}"):
+        find_checkpoint(config, data=now)
+    monkeypatch.setenv("RANK", "0")
+    config.run.resume = "data"
+    assert find_checkpoint(config, data=now) == checkpoint
+    assert "warning: the rows are not those" in capsys.readouterr().out
+
+
+def test_the_same_rows_elsewhere_are_gone_on_with(folder):
+    config = load_config(folder / "config.yaml", [f"data.mixture={folder}/mixture.yaml"])
+    prepare_folder(config, fresh=True, rows=load_mixture(config.data.mixture).contents())
+    checkpoint = write_checkpoint(folder / "run", 3)
+    moved = folder / "renamed.yaml"
+    (folder / "mixture.yaml").rename(moved)
+    config.data.mixture = moved
+    assert find_checkpoint(config, data=load_mixture(moved).contents) == checkpoint
+    (folder / "run" / "rows.txt").unlink()  # a run of old: nothing but the name to compare
+    with pytest.raises(UserError, match=r"data\.mixture"):
+        find_checkpoint(config)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -282,6 +311,20 @@ def test_a_start_says_what_it_does(folder, capsys):
     tell_of_checkpoint(config, Path("runs/x/checkpoints/checkpoint-6"), 12)
     said = ["starts anew: 12 steps", "goes on from runs/x/checkpoints/checkpoint-6 of 12 steps"]
     assert capsys.readouterr().out.splitlines() == said
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["DataLoader worker (pid 17) is killed by signal: Killed. ", "DataLoader worker (pid(s) 3, 4) exited unexpectedly"],
+)
+def test_a_data_loading_process_that_died_is_told_in_words(folder, capfd, monkeypatch, message):
+    def died(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("train.__main__.train", died)
+    said = refused(folder, capfd, monkeypatch)
+    assert message.rpartition(") ")[2].strip(" .") in said
+    assert "lower data.workers" in said
 
 
 RANK = """

@@ -270,3 +270,13 @@ def test_routers_that_pictures_could_not_set_learn_as_fast_as_all_else(start, ra
     optim = OptimSection(lr=1e-2, part_lr={"router": 1e-3})
     assert router_rate_after(optim, start).part_lr.router == rate
     assert optim.part_lr.router == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["mole", "lora"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_other_modules_trained_in_full_do_not_drop_the_projector(folder, kind, trains):
+    adapter = f"{{type: {kind}, r: 2, modules_to_save: [embed_tokens]}}"
+    settings = [f"model.adapter={adapter}", f"model.train_projector={str(trains).lower()}"]
+    model, _ = build_model(load_config(folder / "config.yaml", settings))
+    parts = {part_of(name) for name, _ in trained(model)}
+    assert ("projector" in parts, "embeddings" in parts) == (trains, True)

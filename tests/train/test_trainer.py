@@ -2,9 +2,12 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
@@ -15,7 +18,15 @@ from mllm.data.mixture import load_mixture
 from mllm.data.template import ConversationEncoder
 from tests.tiny import tiny_llava
 from tests.train.data import write_rows
-from train.trainer import Figures, GradientWatch, LogFile, ProgressLine, answer_losses, stop_if_unusable
+from train.trainer import (
+    Figures,
+    GradientWatch,
+    LogFile,
+    ProgressLine,
+    answer_losses,
+    leave_out_frozen,
+    stop_if_unusable,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +124,32 @@ def test_a_weight_that_is_reached_in_one_of_the_first_steps_may_go_on():
         model[name](torch.ones(1, 2)).sum().backward()
         watch.on_step_end(None, state, None)
     assert not watch.hooks
+
+
+def test_a_frozen_weight_is_left_out_of_a_checkpoint_under_all_its_names():
+    module = nn.ModuleDict(
+        {"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False), "more": nn.Linear(2, 2)}
+    )
+    module["head"].weight = module["embedding"].weight
+    module["head"].requires_grad_(False)
+    engine = SimpleNamespace(module=module, module_state_dict=lambda **_: module.state_dict())
+    leave_out_frozen(engine)
+    assert set(engine.module_state_dict(exclude_frozen_parameters=True)) == {"more.weight", "more.bias"}
+    assert set(engine.module_state_dict()) == set(module.state_dict())
+
+
+def test_an_entry_that_a_full_disk_does_not_take_leaves_no_half_of_itself(tmp_path, monkeypatch, capsys):
+    log, state = LogFile(tmp_path / "log"), SimpleNamespace(global_step=1, is_world_process_zero=True)
+    log.on_log(None, state, None, {"loss": 1.0})
+    before = (tmp_path / "log").read_text()
+
+    def half(*_, **__):
+        with open(tmp_path / "log", "a") as file:
+            file.write('{"st')
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", half)
+        log.on_log(None, state, None, {"loss": 2.0})
+    assert (tmp_path / "log").read_text() == before
+    assert "No space left on device" in capsys.readouterr().err

@@ -120,6 +120,17 @@ def data_digest(section: StreamSection, processor: MomaProcessor) -> str:
     return name.hexdigest()[:16]
 
 
+def contents(section: StreamSection, processor: MomaProcessor) -> str:
+    """The digest, and a line about each file of captions, by which a change can be named."""
+    files = [f"{Path(path).name}: content {sha256(path)}" for path in section.captions]
+    return "\n".join([data_digest(section, processor), *files])
+
+
+def sha256(path: str | Path) -> str:
+    """Twelve hexadecimal digits of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
 def as_experts(section: StreamSection, layout: ExpertLayout) -> StreamSection:
     """The settings with image_share as a number, where it goes by the model's experts."""
     if section.image_share != "experts":

@@ -1,8 +1,6 @@
 """The model of a run and its vocabulary: new, or from an earlier run; and how a finished one is written."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 from mllm.build import load_processor
 from mllm.common.errors import UserError
+from mllm.common.folders import written_whole
 from mllm.common.names import check_keys
 from mllm.moma import (
     MomaConfig,
@@ -211,14 +210,10 @@ def write_model(
     folder: Path, model: MomaForCausalLM, weights: dict[str, Tensor], processor: MomaProcessor, history: dict[str, Any]
 ) -> None:
     """A folder that `mllm generate` reads, whole or not at all. Call it on one rank."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=weights)
-    processor.save_pretrained(partial)
-    (partial / HISTORY).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial, state_dict=weights)
+        processor.save_pretrained(partial)
+        (partial / HISTORY).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
 
 
 def num_parameters(model: torch.nn.Module) -> tuple[int, int]:

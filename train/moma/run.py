@@ -15,7 +15,7 @@ from mllm.moma.processor import MomaProcessor
 from mllm.moma.stream import PackedRows
 from train.check import check_whole_batches, find_checkpoint, tell_of_checkpoint
 from train.moma.config import MomaTrainConfig, StreamSection
-from train.moma.data import as_experts, check_data, check_length, data_digest, training_rows
+from train.moma.data import as_experts, check_data, check_length, contents, data_digest, training_rows
 from train.moma.model import MODEL, build_moma, build_processor, check_fields, config_of, num_parameters, rows_seen
 from train.moma.trainer import MomaTrainer
 from train.run import callbacks, prepare_folder, set_up_cpu, training_arguments
@@ -35,7 +35,7 @@ def check_moma(config: MomaTrainConfig, *, ranks: int) -> None:
     model = config_of(config, processor)
     check_length(config.data, model, processor)
     data = as_experts(config.data, model.layout)
-    find_checkpoint(config, MODEL, ranks=ranks, data=lambda: data_digest(data, processor))
+    find_checkpoint(config, MODEL, ranks=ranks, data=lambda: contents(data, processor))
 
 
 def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
@@ -58,7 +58,7 @@ def run_moma(config: MomaTrainConfig, checked: None = None) -> None:
     start = rows_seen(config, name)
     if ranks.is_first():
         show_run(config, model, rows, start)
-        prepare_folder(config, fresh=checkpoint is None, rows=name, results=RESULTS)
+        prepare_folder(config, fresh=checkpoint is None, rows=contents(data, processor), results=RESULTS)
     trainer = MomaTrainer(
         config=config,
         processor=processor,

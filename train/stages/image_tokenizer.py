@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import get_scheduler
 
+from mllm.common.errors import UserError
 from mllm.common.folders import check_writable
 from mllm.common.provenance import provenance
 from mllm.moma.image_tokens import ImageTokenizer, distinct_codes, normalise_codes, psnr, reconstruct, revive_codes
@@ -43,6 +44,8 @@ def check(config: Config, *, ranks: int) -> None:
     folder = Path(config.run.output_dir)
     check_writable(folder, "run.output_dir")
     refuse_finished(config, FOLDER)
+    if config.run.max_hours is not None:
+        raise UserError("stage image_tokenizer saves nothing on its way: leave run.max_hours out.")
     ImageTokenizer.small(**config.tokenizer.shape)
 
 

@@ -86,6 +86,8 @@ class Config(TrainConfig):
             raise ValueError(
                 "stage routers goes on with a MoLE adapter: give its folder as model.start_from, and no model.adapter"
             )
+        if self.run.max_hours is not None:
+            raise ValueError("stage routers saves no checkpoints to go on from: leave run.max_hours out")
         if self.deepspeed.zero == 3:
             raise ValueError("stage routers trains a few thousand weights: set deepspeed.zero to 0, 1 or 2")
         return self
