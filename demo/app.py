@@ -23,6 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import gradio as gr
+from fastapi import APIRouter
 
 from demo import routing_view
 from demo.guard import Readers, middleware
@@ -195,10 +196,13 @@ def launch(
     port: int | None = None,
     share: bool = False,
     allowed_hosts: Sequence[str] = (),
+    auth: tuple[str, str] | None = None,
+    api: APIRouter | None = None,
 ) -> str:
     """Serve the page in the background and return its address; `port=None` takes a free one from 7860 on.
 
     `allowed_hosts`: names that browsers may call the server by, besides its address, this machine's name and localhost.
+    `auth`: user and password that the page asks for. `api`: routes to serve beside it, see `demo.api`.
 
     Raises `UserError` when the port is taken. `share` asks Gradio for a public tunnel, which needs the internet.
     """
@@ -206,10 +210,11 @@ def launch(
     guarded = {"middleware": middleware(hosts=hosts, readers=app.readers)}
     undescribed = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     try:
-        _, local_url, share_url = app.launch(
+        server, local_url, share_url = app.launch(
             server_name=host,
             server_port=port,
             share=share,
+            auth=auth,
             prevent_thread_lock=True,
             theme=gr.themes.Default(
                 primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS
@@ -227,6 +232,8 @@ def launch(
         raise UserError(
             f"Cannot serve on {host} port {port or '7860-7959'}: {error} Give another one with --port."
         ) from error
+    if api is not None:
+        server.include_router(api)
     if share_url:
         hosts.add(urlsplit(share_url).hostname)
     return share_url or local_url
