@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+BASE = "base"  # the model without an adapter
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the chat until interrupted. Returns the exit status: 2 after an error that the user can mend."""
@@ -27,23 +29,32 @@ def _serve(args: argparse.Namespace) -> None:
     from demo.api import build_api  # imports of seconds, after --help
     from demo.scheduler import Places
     from demo.session import ChatSession, load_examples
-    from mllm.build import load
+    from mllm.build import load, share_weights
     from mllm.common.precision import find_device
     from mllm.inference.generate import KEPT, set_aside
 
     device = find_device(args.device, key="--device")
     examples = load_examples(args.examples) if args.examples else []
-    model, processor = load(args.model, adapter=args.adapter, device=device)
+    places = Places(waiting=args.queue, a_client=args.per_client)
+    adapters = _adapters(args.adapter)
+    sessions, base = {}, None
+    for name, folder in adapters.items():
+        model, processor = load(args.model, adapter=folder, device=device)
+        base = base or share_weights(model)
+        share_weights(model, base)
+        sessions[name] = ChatSession(model.eval(), processor, places=places)
     if habits := set_aside(model):
         left = ", ".join(f"{name} {value}" for name, value in habits.items())
         print(f"Of the checkpoint's own generation settings only {', '.join(KEPT)} is kept, not {left}.", flush=True)
-    name = _adapter_name(args.adapter) if args.adapter else None
-    session = ChatSession(model.eval(), processor, places=Places(waiting=args.queue, a_client=args.per_client))
-    api = build_api({name or Path(args.model).name: session}, api_key=args.api_key, auth=args.auth)
+    (name, session), *others = sessions.items()
+    alone = adapters == {BASE: None}
+    named = {Path(args.model).name: session} if alone else sessions
+    api = build_api(named, api_key=args.api_key, auth=args.auth)
     if args.page:
         from demo.app import build_app, launch
 
-        app = build_app(session, model=args.model, adapter=name, examples=examples)
+        adapter = None if alone else name
+        app = build_app(session, model=args.model, adapter=adapter, examples=examples, others=dict(others))
         url = launch(
             app,
             host=args.host,
@@ -61,10 +72,23 @@ def _serve(args: argparse.Namespace) -> None:
         serve(api, host=args.host, port=args.port, allowed_hosts=args.allow_host)
 
 
-def _adapter_name(folder: str) -> str:
-    """runs/experts/adapter: the run tells it from others, and the path is nobody's business."""
-    path = Path(folder).resolve()
-    return path.parent.name if path.name == "adapter" else path.name
+def _adapters(texts: Sequence[str]) -> dict[str, str | None]:
+    """Name -> folder, None for the base, which stands beside several adapters as one more.
+
+    A name left out is the run's: runs/experts/adapter is "experts"; the path is nobody's business.
+    """
+    from mllm.common.errors import UserError
+
+    named: dict[str, str | None] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            path = Path(text).resolve()
+            name, folder = path.parent.name if path.name == "adapter" else path.name, text
+        if not name or not folder or name in named or name == BASE:
+            raise UserError(f"--adapter {text}: expected NAME=FOLDER, each name once, and none of them {BASE!r}.")
+        named[name] = folder
+    return named if len(named) == 1 else {**named, BASE: None}
 
 
 def _user(text: str) -> tuple[str, str]:
@@ -92,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", default="miniworld", help="folder, hub id, `smol` once fetched, or `miniworld` (default)"
     )
-    parser.add_argument("--adapter", help="adapter folder made by training")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]FOLDER",
+        help="adapter made by training; repeat to switch among several and to compare them with the base",
+    )  # fmt: skip
     parser.add_argument("--examples", help="LLaVA JSON file, or a folder with one, whose first questions are offered")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the first GPU, or else the CPU)")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
