@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from html import escape, unescape
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import gradio as gr
+from fastapi import APIRouter
 
 from demo import routing_view
 from demo.guard import Readers, middleware
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif")
 MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")
+BASE = "base"
+COMPARED = 3  # adapters side by side
 GONE = 8.0  # seconds without anybody listening, after which an answer ends
 
 # Dark enough for words in grey: 4.5:1 and more on every background of the page.
@@ -84,6 +87,8 @@ CSS = """
 #chat .example-image-container, #chat .example-image { width: 96px; height: 72px; flex: none; object-fit: contain; }
 #chat .message-buttons:has([aria-label="Share"]), #chat [aria-label="Share"] { display: none; }
 #box img { object-fit: contain !important; }
+#compared { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: .75rem; }
+#compared .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 #told { color: var(--body-text-color-subdued); font-size: .8125rem; }
 #notice { color: var(--error-text-color); background: var(--error-background-fill); padding: .5rem .75rem;
           border: 1px solid var(--error-border-color); border-radius: var(--radius-md); overflow-wrap: anywhere; }
@@ -93,19 +98,31 @@ History = list[dict[str, Any]]  # Gradio's messages: role, and content as a list
 
 
 def build_app(
-    session: ChatSession, *, model: str, adapter: str | None = None, examples: Sequence[Message] = ()
+    session: ChatSession,
+    *,
+    model: str,
+    adapter: str | None = None,
+    examples: Sequence[Message] = (),
+    others: Mapping[str, ChatSession] | None = None,
 ) -> gr.Blocks:
     """Lay out the page for one loaded model. `model` and `adapter` are the names that its head shows;
     `examples` appear while the conversation is empty, and a click puts one into the text box.
+    `others`: more adapters by name, to switch to and to compare with; the base is one of them.
     """
     # Gradio reads it while it makes components, and leaves what it finds in it behind; this folder goes with us.
     os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(process_folder(FOLDER))
     readers = Readers()
-    steps = Steps(session, readers)
+    sessions = {adapter or BASE: session, **(others or {})}
+    steps = Steps(sessions, readers)
+    most_experts, most_layers = (max(getattr(s, n) for s in sessions.values()) for n in ("num_experts", "num_layers"))
     with gr.Blocks(title="mllm chat", analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as app:
-        gr.HTML(_header(model, adapter), elem_id="header", padding=False)
+        gr.HTML(_header(model, list(sessions) if others else adapter), elem_id="header", padding=False)
+        with gr.Row(visible=bool(others)):
+            names = list(sessions)
+            which = gr.Radio(names, value=names[0], label="Answers come from", elem_id="adapter", scale=3)
+            compare = gr.Button("Compare on the last question", elem_id="compare", size="sm", scale=1)
         shows = gr.Checkbox(
-            False, label="Show what the experts do", elem_id="experts", container=False, visible=session.has_experts
+            False, label="Show what the experts do", elem_id="experts", container=False, visible=most_experts > 0
         )
         with gr.Row(elem_id="sides", equal_height=False):
             with gr.Column(scale=3, min_width=320, elem_id="talk"):
@@ -127,6 +144,7 @@ def build_app(
                 told = gr.HTML(visible=False, padding=False, elem_id="told")
                 go_on = gr.Button("Continue", visible=False, size="sm", elem_id="continue")
                 notice = gr.HTML(visible=False, padding=False)
+                compared = gr.HTML(visible=False, padding=False)
                 box = gr.MultimodalTextbox(
                     show_label=False,
                     elem_id="box",
@@ -143,10 +161,10 @@ def build_app(
                     max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
             with gr.Column(visible=False, scale=2, min_width=320, elem_id="view") as view:
                 layer = gr.Slider(
-                    -1, max(0, session.num_layers - 1), value=-1, step=1, label="Layer (-1: all)", elem_id="layer"
+                    -1, max(0, most_layers - 1), value=-1, step=1, label="Layer (-1: all)", elem_id="layer"
                 )
                 with gr.Row():
-                    choices = [("all experts", "all"), *_experts_left_out(session.num_experts)]
+                    choices = [("all experts", "all"), *_experts_left_out(most_experts)]
                     experts = gr.Dropdown(choices, value="all", label="Answer again with", elem_id="left", scale=2)
                     again = gr.Button("Answer again", elem_id="again", scale=1)
                 drawn = gr.HTML(padding=False)
@@ -177,6 +195,15 @@ def build_app(
             (again.click, _again, [chatbot, turns, experts]),
         ):
             event(step, inputs, turn, **unqueued).then(**model_step).then(**view_step)
+        which.change(_choose, [turns, which], [go_on], **unqueued)
+        compare.click(
+            steps.compare,
+            [chatbot, turns, max_new_tokens],
+            [compared],
+            concurrency_limit=None,
+            show_progress="minimal",
+            api_visibility="private",
+        )
         layer.change(**view_step)
         shows.change(_show, [turns, shows], [view], **unqueued).then(**view_step)
         box.stop(_stop, [chatbot, turns], [chatbot, box], **unqueued)
@@ -195,10 +222,13 @@ def launch(
     port: int | None = None,
     share: bool = False,
     allowed_hosts: Sequence[str] = (),
+    auth: tuple[str, str] | None = None,
+    api: APIRouter | None = None,
 ) -> str:
     """Serve the page in the background and return its address; `port=None` takes a free one from 7860 on.
 
     `allowed_hosts`: names that browsers may call the server by, besides its address, this machine's name and localhost.
+    `auth`: user and password that the page asks for. `api`: routes to serve beside it, see `demo.api`.
 
     Raises `UserError` when the port is taken. `share` asks Gradio for a public tunnel, which needs the internet.
     """
@@ -206,10 +236,11 @@ def launch(
     guarded = {"middleware": middleware(hosts=hosts, readers=app.readers)}
     undescribed = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     try:
-        _, local_url, share_url = app.launch(
+        server, local_url, share_url = app.launch(
             server_name=host,
             server_port=port,
             share=share,
+            auth=auth,
             prevent_thread_lock=True,
             theme=gr.themes.Default(
                 primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS
@@ -227,6 +258,8 @@ def launch(
         raise UserError(
             f"Cannot serve on {host} port {port or '7860-7959'}: {error} Give another one with --port."
         ) from error
+    if api is not None:
+        server.include_router(api)
     if share_url:
         hosts.add(urlsplit(share_url).hostname)
     return share_url or local_url
@@ -247,6 +280,7 @@ class Turn:
         self.stop = threading.Event()
         self.begun, self.without = begun, without
         self.record = Record()
+        self.session: ChatSession | None = None  # that answers it
         self.is_cleared = False
         self.phase: Literal["waiting", "answering", "over"] = "waiting"
         self._lock = threading.Lock()
@@ -276,16 +310,24 @@ class Turn:
 
 
 class Visit(list[Turn]):
-    """One person's turns, and what that person has set. `shows_experts`: whether routing is to be kept and drawn."""
+    """One person's turns, and what that person has set.
+
+    `shows_experts`: whether routing is to be kept and drawn; `adapter`: whose answers are wanted, None the first's.
+    """
 
     shows_experts = False
+    adapter: str | None = None
 
 
 class Steps:
-    """The two steps of a turn, for one session."""
+    """The two steps of a turn, and what else asks a model. The first session is the one that answers unless told."""
 
-    def __init__(self, session: ChatSession, readers: Readers) -> None:
-        self._session, self._readers = session, readers
+    def __init__(self, sessions: Mapping[str, ChatSession], readers: Readers) -> None:
+        self._sessions, self._readers = sessions, readers
+        self._session = next(iter(sessions.values()))  # for what is the same in all: limits, queue and pictures
+
+    def _chosen(self, turns: Visit) -> ChatSession:
+        return self._sessions.get(turns.adapter, self._session)
 
     def begin(self, history: History, typed: dict[str, Any], turns: Visit, request: gr.Request = None) -> tuple:
         """Show the user's message and note its turn, or say why it cannot be sent and leave it in the box."""
@@ -324,6 +366,7 @@ class Steps:
         try:
             if request is not None:
                 self._watch_reader(request.session_hash or "", turn.stop, over)
+            turn.session = self._chosen(turns)
             yield from self._pieces(history, turn, options)
         finally:
             over.set()
@@ -347,7 +390,7 @@ class Steps:
         text, problem, same = "", None, gr.skip()
         try:
             asked = {"stop": turn.stop, "begun": turn.begun, "without": turn.without, "record": turn.record, **options}
-            with closing(self._session.reply(_messages(history), **asked)) as reply:
+            with closing(turn.session.reply(_messages(history), **asked)) as reply:
                 for text in reply:
                     yield [*history, {"role": "assistant", "content": [_text(text)]}], same, same, same, same
             if not text and not turn.stop.is_set():
@@ -371,7 +414,41 @@ class Steps:
         record = turns[-1].record if turns else Record()
         if record.picks_LTX is None or not history:
             return "<p>Ask something: what the experts do is recorded from now on.</p>"
-        return self._session.draw(record, _messages(history), None if layer < 0 else int(layer))
+        session = turns[-1].session
+        layer = None if layer < 0 else min(int(layer), session.num_layers - 1)
+        return session.draw(record, _messages(history), layer)
+
+    def compare(
+        self, history: History, turns: Visit, max_new_tokens: int, request: gr.Request = None
+    ) -> Iterator[dict[str, Any]]:
+        """Answer the last question by the adapters, side by side, each with its routing where the view is open."""
+        if not history:
+            yield gr.update(value="<p>Ask something first.</p>", visible=True)
+            return
+        messages = _messages(history[: _last_question(history) + 1])
+        columns = dict.fromkeys(list(self._sessions)[:COMPARED], ("…", ""))
+        stop, over = threading.Event(), threading.Event()
+        if request is not None:
+            self._watch_reader(request.session_hash or "", stop, over)
+        try:
+            for name in columns:
+                session, record = self._sessions[name], Record(keeps_routing=turns.shows_experts)
+                asked = {"stop": stop, "record": record, "client": _client(request)}
+                try:
+                    for text in session.reply(messages, max_new_tokens=int(max_new_tokens), **asked):
+                        columns[name] = text, ""
+                        yield gr.update(value=_columns(columns), visible=True)
+                except UserError as error:
+                    columns[name] = str(error), ""
+                except Exception:
+                    logger.exception("The model failed while answering")
+                    columns[name] = "The model failed. The log of the server has the details.", ""
+                if record.picks_LTX is not None:
+                    columns[name] = columns[name][0], session.draw(record, messages, None)
+                yield gr.update(value=_columns(columns), visible=True)
+        finally:
+            over.set()
+            stop.set()
 
 
 def _client(request: gr.Request | None) -> str:
@@ -387,6 +464,14 @@ def _show(turns: Visit, shows: bool) -> dict:
     """Open or close the view; what is closed is neither recorded nor drawn."""
     turns.shows_experts = shows
     return gr.update(visible=shows)
+
+
+def _choose(turns: Visit, name: str) -> dict:
+    """Let the next answers come from that adapter; another one's cannot be continued."""
+    turns.adapter = name
+    if turns:
+        turns[-1].record.is_cut = False
+    return gr.update(visible=False)
 
 
 def _experts_left_out(number: int) -> list[tuple[str, str]]:
@@ -479,8 +564,20 @@ def _as_example(message: Message) -> dict[str, Any]:
 # Parts of the page
 
 
-def _header(model: str, adapter: str | None) -> str:
-    adapter_part = f"adapter <code>{escape(adapter)}</code>" if adapter else "no adapter"
+def _columns(answers: Mapping[str, tuple[str, str]]) -> str:
+    """Answers side by side: by name, what was said, and the routing as HTML."""
+    cells = (
+        f'<div data-name="{escape(name)}"><h3>{escape(name)}</h3><p class="said">{escape(text)}</p>{routing}</div>'
+        for name, (text, routing) in answers.items()
+    )
+    return f'<div id="compared">{"".join(cells)}</div>'
+
+
+def _header(model: str, adapter: str | list[str] | None) -> str:
+    adapters = [adapter] if isinstance(adapter, str) else adapter or []
+    word = "adapters" if len(adapters) > 1 else "adapter"
+    named = ", ".join(f"<code>{escape(name)}</code>" for name in adapters)
+    adapter_part = f"{word} {named}" if adapters else "no adapter"
     return f"<h1>Chat with pictures</h1><p>Model <code>{escape(model)}</code> · {adapter_part}</p>"
 
 

@@ -20,16 +20,16 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 NULL = "#9aa3af"
 
 CSS = """
-#routing .patches { position: relative; display: inline-grid; width: min(100%, 300px); aspect-ratio: 1;
+.routing .patches { position: relative; display: inline-grid; width: min(100%, 300px); aspect-ratio: 1;
                     background-size: 100% 100%; margin: 0 .5rem .5rem 0; }
-#routing .patches i { opacity: .55; }
-#routing .patches i:hover { opacity: .1; }
-#routing .words { line-height: 1.9; overflow-wrap: anywhere; white-space: pre-wrap; }
-#routing .words span { border-bottom: 3px solid; border-radius: 2px; padding: 0 1px; }
-#routing .bars { display: grid; grid-template-columns: auto 1fr 1fr; gap: 2px .5rem; align-items: center;
+.routing .patches i { opacity: .55; }
+.routing .patches i:hover { opacity: .1; }
+.routing .words { line-height: 1.9; overflow-wrap: anywhere; white-space: pre-wrap; }
+.routing .words span { border-bottom: 3px solid; border-radius: 2px; padding: 0 1px; }
+.routing .bars { display: grid; grid-template-columns: auto 1fr 1fr; gap: 2px .5rem; align-items: center;
                  font-size: .75rem; }
-#routing .bar { display: flex; height: .8rem; }
-#routing .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .25rem 0 .75rem; }
+.routing .bar { display: flex; height: .8rem; }
+.routing .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .25rem 0 .75rem; }
 """
 
 
@@ -86,7 +86,7 @@ def routing_html(
         each = len(patches) // len(pictures)
         parts += [_patches(picture, patches[n * each : (n + 1) * each]) for n, picture in enumerate(pictures)]
     parts += [_words(record, cells, decode), _bars(record, image_token_id, names, layer)]
-    return f'<div id="routing">{"".join(parts)}</div>'
+    return f'<div class="routing">{"".join(parts)}</div>'
 
 
 def outcome_names(record: Record) -> list[str]:

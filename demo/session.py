@@ -31,7 +31,7 @@ FOLDER = "mllm-chat"  # of a process, for uploads and small copies
 class Message:
     """What the user or the model said in one turn. Its pictures stand before its text, as in LLaVA's records."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     text: str
     images: tuple[Path, ...] = ()
 

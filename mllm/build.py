@@ -8,6 +8,7 @@ all of them, image statistics and chat template included.
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from importlib import resources
@@ -181,6 +182,32 @@ def load(
     if adapter is not None:
         model = _load_adapter(model, processor, Path(adapter), path, is_trainable)
     return model, processor
+
+
+def share_weights(model: nn.Module, of: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Lets a model hold those of its weights that equal `of` in the same memory, and returns its own by their names.
+
+    For several adapters of one base at a time, each loaded as a model. Names are those of the base, whatever an adapter
+    has put around its parts. For inference: what is trained in one would change in all.
+    """
+    own = {_name_in_base(name): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in own.items():
+        there = None if of is None else of.get(name)
+        if there is None or (there.dtype, there.device, there.shape) != (
+            parameter.dtype,
+            parameter.device,
+            parameter.shape,
+        ):
+            continue
+        if torch.equal(there, parameter):
+            parameter.data = there.data
+    return own
+
+
+def _name_in_base(name: str) -> str:
+    """A parameter's name without what PEFT puts around the module that holds it."""
+    wraps = ("base_layer", "original_module")
+    return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in wraps)
 
 
 def fingerprint(model: PreTrainedModel | PeftModel, *, with_projector: bool = False) -> str:

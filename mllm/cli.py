@@ -82,6 +82,12 @@ def chat(context: typer.Context) -> None:
     become("demo", *context.args)
 
 
+@app.command(context_settings=HANDED_ON)
+def serve(context: typer.Context) -> None:
+    """Serve a model to programs, as OpenAI's clients speak to it; the options are those of chat."""
+    become("demo", "--no-page", *context.args)
+
+
 @app.command()
 @plain_errors
 def fetch(

@@ -46,7 +46,7 @@ def visit(number):
 
 
 def steps(session):
-    return page.Steps(session, Readers())
+    return page.Steps({"tiny": session}, Readers())
 
 
 def answer(session, history):

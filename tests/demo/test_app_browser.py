@@ -306,26 +306,54 @@ def test_the_routing_of_an_answer_is_drawn_by_layer_and_answered_again_without_a
     page.wait(lambda: page.find("#view"))
     page.attach(pictures[0])
     page.ask("What colour?")
-    page.wait(lambda: page.find("#routing .patches i"))
-    patches = [patch.get_attribute("title") for patch in page.find("#routing .patches i")]
+    page.wait(lambda: page.find(".routing .patches i"))
+    patches = [patch.get_attribute("title") for patch in page.find(".routing .patches i")]
     assert all(title.startswith("probability of expert 0: ") for title in patches)
-    assert page.find("#routing .words span")
-    assert len(page.find("#routing .bars .bar")) == 4  # two layers, picture and text
+    assert page.find(".routing .words span")
+    assert len(page.find(".routing .bars .bar")) == 4  # two layers, picture and text
 
     slider = page.find("#layer input[type=number]")[0]
     slider.send_keys(Keys.CONTROL, "a")
     slider.send_keys("1", Keys.ENTER)
-    page.wait(lambda: [patch.get_attribute("title") for patch in page.find("#routing .patches i")] != patches)
+    page.wait(lambda: [patch.get_attribute("title") for patch in page.find(".routing .patches i")] != patches)
 
     page.find("#left input")[0].click()
     page.wait(lambda: page.find("#left [role=option]"))
     option = next(option for option in page.find("#left [role=option]") if "only expert 2" in option.text)
     driver.execute_script("arguments[0].dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))", option)
     page.find("#again")[0].click()
-    page.wait(lambda: page.ready() and all("2: 1.00" in i.get_attribute("title") for i in page.find("#routing i")[:3]))
+    page.wait(lambda: page.ready() and all("2: 1.00" in i.get_attribute("title") for i in page.find(".routing i")[:3]))
 
     page.find("#experts input")[0].click()
     page.wait(lambda: not page.find("#view"))
+
+
+def test_adapters_are_switched_and_compared_side_by_side(driver):
+    sessions = {}
+    for words in ("red ", "three "):
+        model, processor = tiny_llava()
+        Talker(model, processor, words)
+        sessions[words.strip()] = ChatSession(model, processor)
+    app = build_app(sessions["red"], model="tiny", adapter="red", others={"three": sessions["three"]})
+    page = Page(driver, launch(app, port=None))
+    slider = page.find("#settings button")[0]
+    slider.click()
+    length = page.wait(lambda: page.find("#settings input[type=number]"))[1]
+    length.send_keys(Keys.CONTROL, "a")
+    length.send_keys("12", Keys.ENTER)
+    page.ask("What?")
+    page.wait(lambda: page.answers() and page.ready())
+    assert page.answers()[0].startswith("red")
+    page.find("#adapter input")[1].click()
+    page.ask("And now?")
+    page.wait(lambda: len(page.answers()) == 2 and page.ready())
+    assert page.answers()[1].startswith("three")
+    page.find("#compare")[0].click()
+    page.wait(lambda: all("…" not in said.text for said in page.find("#compared .said")) and page.find("#compared"))
+    first, second = (said.text for said in page.find("#compared .said"))
+    assert set(first.split()) == {"red"}
+    assert "three" in second
+    app.close()
 
 
 def test_two_users_wait_for_one_another_and_see_their_own_chat_only(page, talker, served):

@@ -116,7 +116,7 @@ def test_experts_cannot_be_left_out_of_a_model_without_any(asked):
 def test_nothing_is_recorded_while_the_view_is_closed(asked, tmp_path):
     session = session_of()
     history = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
-    steps = page.Steps(session, Readers())
+    steps = page.Steps({"tiny": session}, Readers())
     for shows in (False, True):
         turns = page.Visit([page.Turn()])
         page._show(turns, shows)
