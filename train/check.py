@@ -1,5 +1,6 @@
 """What can be wrong with a run before it starts: said in a second, before any folder or process group is made."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,7 @@ def check_same_rows(folder: Path, data: Callable[[], str] | None, *, goes_on: bo
             f"{folder} holds a run on other rows: {changed}. Put the files back as they were, set run.resume=data to go"
             f" on with the changed ones, set another run.output_dir, or {ANEW} to start anew in its place."
         )
-    if is_first():
+    if os.environ.get("RANK") == "0":  # said by the rank, and not by the launcher, which checks before it, too
         print(f"warning: the rows are not those that {folder} began with: {changed}.", flush=True)
 
 
