@@ -106,7 +106,7 @@ def build_app(
     others: Mapping[str, ChatSession] | None = None,
 ) -> gr.Blocks:
     """Lay out the page for one loaded model. `model` and `adapter` are the names that its head shows;
-    `examples` appear while the conversation is empty, and a click puts one into the text box.
+    `examples` appear while the conversation is empty, and a click asks one.
     `others`: more adapters by name, to switch to and to compare with; the base is one of them.
     """
     # Gradio reads it while it makes components, and leaves what it finds in it behind; this folder goes with us.
@@ -138,7 +138,7 @@ def build_app(
                     allow_file_downloads=False,
                     render_markdown=False,
                     latex_delimiters=[],
-                    placeholder="Add a picture, then ask about it.",
+                    placeholder="A model that answers questions about pictures. Add one and ask, or click an example.",
                     examples=[_as_example(example) for example in examples] or None,
                 )
                 told = gr.HTML(visible=False, padding=False, elem_id="told")
@@ -192,6 +192,7 @@ def build_app(
             (box.submit, steps.begin, [chatbot, box, turns]),
             (chatbot.retry, _retry, [chatbot, turns]),
             (go_on.click, _go_on, [chatbot, turns]),
+            (chatbot.example_select(_fill_in, None, [box], **unqueued).then, steps.begin, [chatbot, box, turns]),
             (again.click, _again, [chatbot, turns, experts]),
         ):
             event(step, inputs, turn, **unqueued).then(**model_step).then(**view_step)
@@ -209,7 +210,6 @@ def build_app(
         box.stop(_stop, [chatbot, turns], [chatbot, box], **unqueued)
         chatbot.clear(_clear, [turns], parts, **unqueued)
         chatbot.undo(_undo, [chatbot, turns], parts, **unqueued)
-        chatbot.example_select(_fill_in, None, [box], **unqueued)
         app.load(None, js=FOCUS, api_visibility="private")
     app.readers = readers
     return app

@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 
 from demo import app as page
-from demo.__main__ import main
+from demo.__main__ import _default_model, main
 from demo.app import build_app, launch
 from demo.guard import Readers
 from demo.scheduler import Places
@@ -244,3 +244,15 @@ def test_the_chat_tells_what_it_does_not_follow_of_a_checkpoints_settings(tmp_pa
     monkeypatch.setattr("demo.app.build_app", lambda session, **_: SimpleNamespace(block_thread=lambda: None))
     assert main(["--model", str(folder), "--device", "cpu"]) == 0
     assert "only eos_token_id is kept, not do_sample True, temperature 0.3." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fetched", "adapter", "model"), [(True, False, "smol"), (True, True, "miniworld"), (False, False, "miniworld")]
+)
+def test_the_default_model_is_smol_once_fetched_and_miniworld_for_adapters(
+    fetched, adapter, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mllm.bases.fetched.folder", lambda name: tmp_path)
+    if fetched:
+        (tmp_path / "config.json").touch()
+    assert _default_model(adapter) == model

@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from demo.app import build_app, launch
-from demo.session import ChatSession
+from demo.session import ChatSession, Limits, Message
 from mllm import MoleConfig
 from tests.demo.talker import Talker
 from tests.tiny import tiny_image, tiny_llava
@@ -326,6 +326,20 @@ def test_the_routing_of_an_answer_is_drawn_by_layer_and_answered_again_without_a
 
     page.find("#experts input")[0].click()
     page.wait(lambda: not page.find("#view"))
+
+
+def test_an_example_is_one_click_from_its_answer(driver, pictures):
+    examples = [Message("user", f"What <b> {number}?", (pictures[number % 2],)) for number in range(6)]
+    model, processor = tiny_llava()
+    Talker(model, processor)
+    app = build_app(ChatSession(model, processor, limits=Limits(new_tokens=6)), model="tiny", examples=examples)
+    page = Page(driver, launch(app, port=None))
+    offered = page.wait(lambda: len(page.find("#chat .example")) == 6 and page.find("#chat .example"))
+    offered[3].click()
+    page.wait(lambda: page.answers() and page.ready())
+    assert page.find("#chat [data-testid=user]")[-1].text.endswith("What <b> 3?")
+    assert len(page.find("#chat [data-testid=user] img")) == 1
+    app.close()
 
 
 def test_adapters_are_switched_and_compared_side_by_side(driver):
