@@ -256,3 +256,18 @@ def test_the_default_model_is_smol_once_fetched_and_miniworld_for_adapters(
     if fetched:
         (tmp_path / "config.json").touch()
     assert _default_model(adapter) == model
+
+
+def test_top_p_seed_and_system_prompt_reach_the_model_and_count_for_later_turns_alone():
+    class Noting(Scripted):
+        def reply(self, messages, **options):
+            self.asked = [(message.role, message.text) for message in messages], options["top_p"], options["seed"]
+            yield "two"
+
+    session, turns = Noting(), visit(2)
+    list(steps(session).answer([question()], turns, 0, 0.7, 8))
+    assert session.asked == ([("user", "What?")], 1.0, None)
+    for name, value in {"top_p": 0.5, "seed": 7, "system": "Be brief."}.items():
+        page._set(name, turns, value)
+    list(steps(session).answer([question()], turns, 1, 0.7, 8))
+    assert session.asked == ([("system", "Be brief."), ("user", "What?")], 0.5, 7)

@@ -18,7 +18,7 @@ from demo.app import build_app, launch
 from demo.session import ChatSession, Limits, Message
 from mllm import MoleConfig
 from tests.demo.talker import Talker
-from tests.tiny import tiny_image, tiny_llava
+from tests.tiny import tiny_image, tiny_llava, tiny_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -340,6 +340,18 @@ def test_an_example_is_one_click_from_its_answer(driver, pictures):
     assert page.find("#chat [data-testid=user]")[-1].text.endswith("What <b> 3?")
     assert len(page.find("#chat [data-testid=user] img")) == 1
     app.close()
+
+
+def test_a_system_prompt_is_read_before_the_question(page, talker):
+    page.find("#settings button")[0].click()
+    written = page.wait(lambda: page.find("#system textarea"))[0]
+    written.send_keys("Be brief.")
+    page.wait(lambda: written.get_attribute("value") == "Be brief.")
+    page.find("#header")[0].click()
+    page.ask("Go on.")
+    page.wait(page.answers)
+    page.stop()
+    assert tiny_tokenizer().decode(talker.prompts[-1]).index("Be brief.") < 20
 
 
 def test_adapters_are_switched_and_compared_side_by_side(driver):
