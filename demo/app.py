@@ -202,10 +202,12 @@ def build_app(
             (box.submit, steps.begin, [chatbot, box, turns]),
             (chatbot.retry, _retry, [chatbot, turns]),
             (go_on.click, _go_on, [chatbot, turns]),
-            (chatbot.example_select(_fill_in, None, [box], **unqueued).then, steps.begin, [chatbot, box, turns]),
             (again.click, _again, [chatbot, turns, experts]),
         ):
             event(step, inputs, turn, **unqueued).then(**model_step).then(**view_step)
+        filled = chatbot.example_select(_fill_in, None, [box], **unqueued)
+        asking = filled.then(steps.begin, [chatbot, box, turns], turn, **unqueued)
+        asking.then(**model_step).then(**view_step)
         for setting, name in ((top_p, "top_p"), (seed, "seed"), (system, "system")):
             # Noted when they change, not read when a turn begins: a turn's inputs are what it needs and no more.
             setting.change(partial(_set, name), [turns, setting], None, **unqueued)

@@ -271,3 +271,10 @@ def test_top_p_seed_and_system_prompt_reach_the_model_and_count_for_later_turns_
         page._set(name, turns, value)
     list(steps(session).answer([question()], turns, 1, 0.7, 8))
     assert session.asked == ([("system", "Be brief."), ("user", "What?")], 0.5, 7)
+
+
+def test_the_first_two_calls_of_the_page_are_asking_and_answering():
+    """Who speaks to the page by numbers, as programs without our API may, finds them there."""
+    app = build_app(Scripted(), model="tiny")
+    assert [app.fns[number].fn.__name__ for number in (0, 1)] == ["begin", "answer"]
+    assert [len(app.fns[number].inputs) for number in (0, 1)] == [3, 5]
