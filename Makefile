@@ -26,7 +26,8 @@ test: $(STAMP)   ## all tests
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)   ## the chat in a browser, with the quickstart's adapter if there is one
-	$(BIN)/mllm chat --model miniworld $(if $(wildcard runs/quickstart/experts/adapter),--adapter runs/quickstart/experts/adapter)
+	$(BIN)/python -m data_recipes.miniworld --out runs/examples --train 0 --val 0 --test 2 --questions 1
+	$(BIN)/mllm chat --examples runs/examples/test.json $(addprefix --model miniworld --adapter ,$(wildcard runs/quickstart/experts/adapter))
 
 lint: $(STAMP)   ## format and lint checks
 	$(BIN)/ruff format --check .

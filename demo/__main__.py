@@ -37,6 +37,7 @@ def _serve(args: argparse.Namespace) -> None:
     examples = load_examples(args.examples) if args.examples else []
     places = Places(waiting=args.queue, a_client=args.per_client)
     adapters = _adapters(args.adapter)
+    args.model = args.model or _default_model(bool(args.adapter))
     sessions, base = {}, None
     for name, folder in adapters.items():
         model, processor = load(args.model, adapter=folder, device=device)
@@ -70,6 +71,14 @@ def _serve(args: argparse.Namespace) -> None:
         from demo.serve import serve
 
         serve(api, host=args.host, port=args.port, allowed_hosts=args.allow_host)
+
+
+def _default_model(has_adapter: bool) -> str:
+    """The largest base there is; adapters made without naming one are miniworld's."""
+    from mllm.bases import fetched
+
+    is_there = (fetched.folder(fetched.SMOL) / "config.json").is_file()
+    return fetched.SMOL if is_there and not has_adapter else "miniworld"
 
 
 def _adapters(texts: Sequence[str]) -> dict[str, str | None]:
@@ -114,7 +123,7 @@ def _port(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mllm chat", description="Chat with a model about pictures, in a browser.")
     parser.add_argument(
-        "--model", default="miniworld", help="folder, hub id, `smol` once fetched, or `miniworld` (default)"
+        "--model", help="folder, hub id, `smol` (default once fetched, unless an adapter is given) or `miniworld`"
     )
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="[NAME=]FOLDER",

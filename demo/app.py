@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from html import escape, unescape
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,11 @@ if (navigator.clipboard) {
   navigator.clipboard.writeText = text => write(text.replace(/&(lt|gt|amp);/g, found => entities[found]));
 }
 </script>"""
-FOCUS = "() => { if (innerWidth > 600) document.querySelector('#box textarea')?.focus({preventScroll: true}); }"
+# The Chatbot opens at its end, also where that is the last of its examples.
+OPENED = """() => {
+  if (innerWidth > 600) document.querySelector("#box textarea")?.focus({preventScroll: true});
+  setTimeout(() => document.querySelectorAll("#chat *").forEach(part => { part.scrollTop = 0; }), 300);
+}"""
 
 # `Share` on a picture would upload it to a public site; the Chatbot has no option that leaves it out.
 CSS = """
@@ -106,7 +111,7 @@ def build_app(
     others: Mapping[str, ChatSession] | None = None,
 ) -> gr.Blocks:
     """Lay out the page for one loaded model. `model` and `adapter` are the names that its head shows;
-    `examples` appear while the conversation is empty, and a click puts one into the text box.
+    `examples` appear while the conversation is empty, and a click asks one.
     `others`: more adapters by name, to switch to and to compare with; the base is one of them.
     """
     # Gradio reads it while it makes components, and leaves what it finds in it behind; this folder goes with us.
@@ -138,7 +143,7 @@ def build_app(
                     allow_file_downloads=False,
                     render_markdown=False,
                     latex_delimiters=[],
-                    placeholder="Add a picture, then ask about it.",
+                    placeholder="A model that answers questions about pictures. Add one and ask, or click an example.",
                     examples=[_as_example(example) for example in examples] or None,
                 )
                 told = gr.HTML(visible=False, padding=False, elem_id="told")
@@ -154,11 +159,16 @@ def build_app(
                     placeholder="Ask a question …",
                     max_lines=8,
                 )
-                with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-                    temperature = gr.Slider(
-                        0.0, 1.5, value=0.0, step=0.05, label="Temperature (0: the likeliest token)"
-                    )
-                    max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    with gr.Row():
+                        temperature = gr.Slider(
+                            0.0, 1.5, value=0.0, step=0.05, label="Temperature (0: the likeliest token)"
+                        )
+                        max_new_tokens = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
+                    with gr.Row():
+                        top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.05, label="Top-p, above temperature 0")
+                        seed = gr.Number(None, precision=0, label="Seed (empty: another draw each time)")
+                    system = gr.Textbox(label="System prompt", lines=2, elem_id="system")
             with gr.Column(visible=False, scale=2, min_width=320, elem_id="view") as view:
                 layer = gr.Slider(
                     -1, max(0, most_layers - 1), value=-1, step=1, label="Layer (-1: all)", elem_id="layer"
@@ -195,6 +205,12 @@ def build_app(
             (again.click, _again, [chatbot, turns, experts]),
         ):
             event(step, inputs, turn, **unqueued).then(**model_step).then(**view_step)
+        filled = chatbot.example_select(_fill_in, None, [box], **unqueued)
+        asking = filled.then(steps.begin, [chatbot, box, turns], turn, **unqueued)
+        asking.then(**model_step).then(**view_step)
+        for setting, name in ((top_p, "top_p"), (seed, "seed"), (system, "system")):
+            # Noted when they change, not read when a turn begins: a turn's inputs are what it needs and no more.
+            setting.change(partial(_set, name), [turns, setting], None, **unqueued)
         which.change(_choose, [turns, which], [go_on], **unqueued)
         compare.click(
             steps.compare,
@@ -209,8 +225,7 @@ def build_app(
         box.stop(_stop, [chatbot, turns], [chatbot, box], **unqueued)
         chatbot.clear(_clear, [turns], parts, **unqueued)
         chatbot.undo(_undo, [chatbot, turns], parts, **unqueued)
-        chatbot.example_select(_fill_in, None, [box], **unqueued)
-        app.load(None, js=FOCUS, api_visibility="private")
+        app.load(None, js=OPENED, api_visibility="private")
     app.readers = readers
     return app
 
@@ -312,11 +327,23 @@ class Turn:
 class Visit(list[Turn]):
     """One person's turns, and what that person has set.
 
-    `shows_experts`: whether routing is to be kept and drawn; `adapter`: whose answers are wanted, None the first's.
+    `shows_experts`: whether routing is to be kept and drawn; `adapter`: whose answers are wanted, None the first's;
+    `top_p` and `seed` as `stream` takes them; `system`: a prompt before the conversation.
     """
 
     shows_experts = False
     adapter: str | None = None
+    top_p = 1.0
+    seed: int | None = None
+    system = ""
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        return {"top_p": self.top_p, "seed": self.seed}
+
+    def said_before(self, history: History) -> list[Message]:
+        """The conversation as the model is to read it."""
+        return [*([Message("system", self.system)] if self.system.strip() else []), *_messages(history)]
 
 
 class Steps:
@@ -363,11 +390,12 @@ class Steps:
             earlier.record.forget_routing()
         history = history[: _last_question(history) + 1]  # what was begun of an answer is told again
         options = {"temperature": temperature, "max_new_tokens": int(max_new_tokens), "client": _client(request)}
+        options |= turns.drawing
         try:
             if request is not None:
                 self._watch_reader(request.session_hash or "", turn.stop, over)
             turn.session = self._chosen(turns)
-            yield from self._pieces(history, turn, options)
+            yield from self._pieces(history, turns.said_before(history), turn, options)
         finally:
             over.set()
             turn.finish()
@@ -386,11 +414,13 @@ class Steps:
 
         threading.Thread(target=watch, name="mllm-reader", daemon=True).start()
 
-    def _pieces(self, history: History, turn: Turn, options: dict[str, Any]) -> Iterator[tuple]:
+    def _pieces(
+        self, history: History, messages: list[Message], turn: Turn, options: dict[str, Any]
+    ) -> Iterator[tuple]:
         text, problem, same = "", None, gr.skip()
         try:
             asked = {"stop": turn.stop, "begun": turn.begun, "without": turn.without, "record": turn.record, **options}
-            with closing(turn.session.reply(_messages(history), **asked)) as reply:
+            with closing(turn.session.reply(messages, **asked)) as reply:
                 for text in reply:
                     yield [*history, {"role": "assistant", "content": [_text(text)]}], same, same, same, same
             if not text and not turn.stop.is_set():
@@ -425,7 +455,7 @@ class Steps:
         if not history:
             yield gr.update(value="<p>Ask something first.</p>", visible=True)
             return
-        messages = _messages(history[: _last_question(history) + 1])
+        messages = turns.said_before(history[: _last_question(history) + 1])
         columns = dict.fromkeys(list(self._sessions)[:COMPARED], ("…", ""))
         stop, over = threading.Event(), threading.Event()
         if request is not None:
@@ -464,6 +494,13 @@ def _show(turns: Visit, shows: bool) -> dict:
     """Open or close the view; what is closed is neither recorded nor drawn."""
     turns.shows_experts = shows
     return gr.update(visible=shows)
+
+
+def _set(name: str, turns: Visit, value: Any) -> None:
+    """Note a setting for the turns to come; a seed as torch takes it."""
+    if name == "seed":
+        value = None if value is None else int(value) % 2**63
+    setattr(turns, name, value)
 
 
 def _choose(turns: Visit, name: str) -> dict:

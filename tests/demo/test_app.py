@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 
 from demo import app as page
-from demo.__main__ import main
+from demo.__main__ import _default_model, main
 from demo.app import build_app, launch
 from demo.guard import Readers
 from demo.scheduler import Places
@@ -244,3 +244,37 @@ def test_the_chat_tells_what_it_does_not_follow_of_a_checkpoints_settings(tmp_pa
     monkeypatch.setattr("demo.app.build_app", lambda session, **_: SimpleNamespace(block_thread=lambda: None))
     assert main(["--model", str(folder), "--device", "cpu"]) == 0
     assert "only eos_token_id is kept, not do_sample True, temperature 0.3." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fetched", "adapter", "model"), [(True, False, "smol"), (True, True, "miniworld"), (False, False, "miniworld")]
+)
+def test_the_default_model_is_smol_once_fetched_and_miniworld_for_adapters(
+    fetched, adapter, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mllm.bases.fetched.folder", lambda name: tmp_path)
+    if fetched:
+        (tmp_path / "config.json").touch()
+    assert _default_model(adapter) == model
+
+
+def test_top_p_seed_and_system_prompt_reach_the_model_and_count_for_later_turns_alone():
+    class Noting(Scripted):
+        def reply(self, messages, **options):
+            self.asked = [(message.role, message.text) for message in messages], options["top_p"], options["seed"]
+            yield "two"
+
+    session, turns = Noting(), visit(2)
+    list(steps(session).answer([question()], turns, 0, 0.7, 8))
+    assert session.asked == ([("user", "What?")], 1.0, None)
+    for name, value in {"top_p": 0.5, "seed": 7, "system": "Be brief."}.items():
+        page._set(name, turns, value)
+    list(steps(session).answer([question()], turns, 1, 0.7, 8))
+    assert session.asked == ([("system", "Be brief."), ("user", "What?")], 0.5, 7)
+
+
+def test_the_first_two_calls_of_the_page_are_asking_and_answering():
+    """Who speaks to the page by numbers, as programs without our API may, finds them there."""
+    app = build_app(Scripted(), model="tiny")
+    assert [app.fns[number].fn.__name__ for number in (0, 1)] == ["begin", "answer"]
+    assert [len(app.fns[number].inputs) for number in (0, 1)] == [3, 5]

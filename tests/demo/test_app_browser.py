@@ -15,10 +15,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from demo.app import build_app, launch
-from demo.session import ChatSession
+from demo.session import ChatSession, Limits, Message
 from mllm import MoleConfig
 from tests.demo.talker import Talker
-from tests.tiny import tiny_image, tiny_llava
+from tests.tiny import tiny_image, tiny_llava, tiny_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -326,6 +326,32 @@ def test_the_routing_of_an_answer_is_drawn_by_layer_and_answered_again_without_a
 
     page.find("#experts input")[0].click()
     page.wait(lambda: not page.find("#view"))
+
+
+def test_an_example_is_one_click_from_its_answer(driver, pictures):
+    examples = [Message("user", f"What <b> {number}?", (pictures[number % 2],)) for number in range(6)]
+    model, processor = tiny_llava()
+    Talker(model, processor)
+    app = build_app(ChatSession(model, processor, limits=Limits(new_tokens=6)), model="tiny", examples=examples)
+    page = Page(driver, launch(app, port=None))
+    offered = page.wait(lambda: len(page.find("#chat .example")) == 6 and page.find("#chat .example"))
+    offered[3].click()
+    page.wait(lambda: page.answers() and page.ready())
+    assert page.find("#chat [data-testid=user]")[-1].text.endswith("What <b> 3?")
+    assert len(page.find("#chat [data-testid=user] img")) == 1
+    app.close()
+
+
+def test_a_system_prompt_is_read_before_the_question(page, talker):
+    page.find("#settings button")[0].click()
+    written = page.wait(lambda: page.find("#system textarea"))[0]
+    written.send_keys("Be brief.")
+    page.wait(lambda: written.get_attribute("value") == "Be brief.")
+    page.find("#header")[0].click()
+    page.ask("Go on.")
+    page.wait(page.answers)
+    page.stop()
+    assert tiny_tokenizer().decode(talker.prompts[-1]).index("Be brief.") < 20
 
 
 def test_adapters_are_switched_and_compared_side_by_side(driver):
