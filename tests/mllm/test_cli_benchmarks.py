@@ -1,13 +1,13 @@
 """`mllm eval --benchmark`, `--suite`, `mllm score --benchmark` and `mllm benchmarks`, as users type them."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from mllm.cli import app
+from mllm.inference.answering import Journal
 from tests.mllm.evaluation.benchmarks.layouts import LAYOUTS
 from tests.tiny import write_tiny_llava
 
@@ -57,16 +57,24 @@ def test_a_suite_is_scored_by_benchmark_with_its_figures(whole):
     assert "acc+" in (whole / "report.html").read_text()
 
 
-def test_a_killed_suite_goes_on_to_the_same_scores(whole, base, root, tmp_path):
-    shutil.copytree(whole, tmp_path / "r")
-    journal = tmp_path / "r" / "answers" / "base.jsonl"
-    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:20]))
-    (tmp_path / "r" / "report.json").unlink()
-    options = ("--suite", "all", "--root", root, "--out", tmp_path / "r", "--max-new-tokens", 2, "--no-blanked")
+def test_a_killed_suite_goes_on_to_the_same_scores(whole, base, root, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    options = ("--suite", "all", "--root", root, "--out", out, "--max-new-tokens", 2, "--no-blanked")
+    add = Journal.add
+
+    def add_and_die(journal: Journal, *batch: object) -> None:
+        add(journal, *batch)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "add", add_and_die)
+        killed = CliRunner().invoke(app, [str(word) for word in ("eval", "--model", base, *options)])
+    assert str(killed.exception) == "killed"
+    assert not (out / "report.json").exists()
     status, printed = run("eval", "--model", base, *options)
     assert status == 0, printed
-    assert "20 of 54 were answered before" in printed
-    arms = [json.loads((folder / "report.json").read_text())["arms"] for folder in (whole, tmp_path / "r")]
+    assert "of 54 were answered before" in printed
+    arms = [json.loads((folder / "report.json").read_text())["arms"] for folder in (whole, out)]
     assert arms[0] == arms[1]
 
 
