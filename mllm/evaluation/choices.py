@@ -226,8 +226,13 @@ def _conclusions(prediction: str, *, exact: bool) -> list[str]:
     for place, part in enumerate(parts):
         part = part.lower()
         signs = (*_CONCLUDING, "=") if place == len(parts) - 1 else _CONCLUDING
-        tails = [tail for sign in signs if sign in part and (tail := part.split(sign)[-1].strip())]
-        if tails and (shortest := min(tails, key=len)) not in list(":,.!?;'"):
+        tails = [part.split(sign)[-1].strip() for sign in signs if sign in part]
+        shortest = ""
+        for tail in tails:
+            # The reference lets an empty tail win, and the next one win over that.
+            if (tail or exact) and (not shortest or len(tail) < len(shortest)):
+                shortest = tail
+        if shortest and shortest not in list(":,.!?;'"):
             found.append(shortest)
     return found or [whole.lower()]
 

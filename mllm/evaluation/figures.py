@@ -102,9 +102,9 @@ def _mme(rows: Sequence[Answer]) -> Figures:
 
 def _circular(rows: Sequence[Answer]) -> Figures:
     """The share of questions right in all their rotations, as MMBench reports it."""
-    rotations: dict[int, list[float]] = defaultdict(list)
+    rotations: dict[str | int, list[float]] = defaultdict(list)
     for row in rows:
-        rotations[int(row.id) % CIRCLE].append(row.grade())
+        rotations[int(row.id) % CIRCLE if row.id.isdecimal() else row.id].append(row.grade())
     return {"right in all rotations": _share(fmean(all(grades) for grades in rotations.values()))}
 
 

@@ -53,10 +53,13 @@ class Benchmark:
     read: Callable[[Path, str], Iterator[Row]]  # its folder, a split
     prompt: str = SHORT
     name: str = ""  # the file's, set by `find`
+    lies_in: str = ""  # the benchmark whose folder it shares, if any
 
     def folder(self, root: Path, split: str, *, alone: bool = True) -> Path | None:
-        """`root/NAME`, or `root` itself if the benchmark is asked for alone; None where its files are in neither."""
-        places = [root / self.name, root] if alone else [root / self.name]
+        """`root/NAME` (or that of the benchmark it lies with), or `root` itself if it is asked for alone; None where
+        its files are in none of them.
+        """
+        places = [root / self.name, *([root / self.lies_in] if self.lies_in else []), *([root] if alone else [])]
         return next((place for place in places if not self.missing(place, split)), None)
 
     def missing(self, folder: Path, split: str) -> list[str]:

@@ -29,6 +29,7 @@ def read(folder: Path, split: str) -> Iterator[Row]:
 BENCHMARK = replace(
     mmbench.BENCHMARK,
     title="MMBench, circular",
+    lies_in="mmbench",
     metric="option_letter_circular",
     reference="Liu et al. 2023, CircularEval",
     read=read,

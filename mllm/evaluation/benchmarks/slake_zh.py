@@ -17,6 +17,7 @@ def read(folder: Path, split: str) -> Iterator[Row]:
 BENCHMARK = replace(
     slake.BENCHMARK,
     title="SLAKE, Chinese",
+    lies_in="slake",
     metric="exact_match",
     reference="Liu et al. 2021, accuracy",
     read=read,

@@ -112,9 +112,9 @@ def test_a_suite_takes_what_is_there_and_names_what_is_not(root, tmp_path):
     shutil.copytree(root / "pope", tmp_path / "pope")
     shutil.copytree(root / "slake", tmp_path / "slake")
     selection = Selection(root=tmp_path, suite="all")
-    assert {row.source for row in selection.read(limit=1)} == {"pope", "slake"}
+    assert {row.source for row in selection.read(limit=1)} == {"pope", "slake", "slake_zh"}
     assert "skipped: ai2d" in selection.told()
-    assert {row.source for row in Selection(root=tmp_path, suite="biomedical").read()} == {"slake"}
+    assert {row.source for row in Selection(root=tmp_path, suite="biomedical").read()} == {"slake", "slake_zh"}
 
 
 def test_suites_are_the_domains_and_all():
