@@ -113,7 +113,9 @@ class RunSection(Section):
     epochs: float | None = Field(None, gt=0)  # passes over the mixture; give this or steps
     steps: int | None = Field(None, gt=0)  # optimizer steps; give this or epochs
     batch_size: int = Field(128, gt=0)  # samples an optimizer step, over all ranks
-    micro_batch_size: int = Field(16, gt=0)  # most samples a rank holds at once; halve it when memory runs out
+    # most samples a rank holds at once; halve it when memory runs out. Plain LoRA learns the same by any split of the
+    # batch; experts' routing losses are of a micro-batch, so that another one moves weights a little
+    micro_batch_size: int = Field(16, gt=0)
     seed: Seed = 0
     log_every: int = Field(10, gt=0)  # steps between two entries of the log
     save_every: int = Field(500, ge=0)  # steps between two checkpoints to resume from; 0 writes none

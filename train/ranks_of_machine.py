@@ -10,7 +10,7 @@ from deepspeed.launcher import launch
 
 from mllm.common.processes import end_with_parent
 from train.lock import STARTER
-from train.status import SIGNALS
+from train.status import SIGNALS, STOPPED
 
 
 class Patient:
@@ -29,4 +29,6 @@ if __name__ == "__main__":
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # not ignored: a rank would inherit that
     launch.signal = Patient
+    # a rank has told of its stop in words already
+    launch.logger.addFilter(lambda record: not record.getMessage().endswith(f"return code = {STOPPED}"))
     launch.main()

@@ -29,6 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from mllm.common import ranks
 from mllm.common.errors import UserError
+from mllm.common.processes import end_with_parent
 from mllm.data.template import IGNORED
 from train.bad_rows import BAD_ROWS, BadRows
 from train.check import ADAPTER
@@ -407,6 +408,7 @@ def begin_worker(worker: int) -> None:
     Signals to stop are for the rank: Ctrl-C and a launcher send them to all processes, and Trainer still needs rows.
     """
     torch.set_num_threads(1)
+    end_with_parent()  # torch's own watch takes five seconds
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
