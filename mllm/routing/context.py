@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -559,6 +559,8 @@ def in_backward() -> bool:
 
 class UnknownTokens:
     """Stands for the tokens of a recomputation that nobody could tell. Routers that ask for none do not mind."""
+
+    barred: ClassVar[tuple[int, ...]] = ()  # experts are barred when answers are given, and nothing is recomputed then
 
     def on(self, device: torch.device) -> UnknownTokens:
         return self
