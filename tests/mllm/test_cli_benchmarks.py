@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm.cli import app
-from mllm.inference.answering import Journal
+from mllm.inference.answering import ResumableAnswers
 from tests.mllm.evaluation.benchmarks.layouts import LAYOUTS
 from tests.tiny import write_tiny_llava
 
@@ -60,14 +60,14 @@ def test_a_suite_is_scored_by_benchmark_with_its_figures(whole):
 def test_a_killed_suite_goes_on_to_the_same_scores(whole, base, root, tmp_path, monkeypatch):
     out = tmp_path / "r"
     options = ("--suite", "all", "--root", root, "--out", out, "--max-new-tokens", 2, "--no-blanked")
-    add = Journal.add
+    add = ResumableAnswers.add
 
-    def add_and_die(journal: Journal, *batch: object) -> None:
+    def add_and_die(journal: ResumableAnswers, *batch: object) -> None:
         add(journal, *batch)
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "add", add_and_die)
+        patched.setattr(ResumableAnswers, "add", add_and_die)
         killed = CliRunner().invoke(app, [str(word) for word in ("eval", "--model", base, *options)])
     assert str(killed.exception) == "killed"
     assert not (out / "report.json").exists()
