@@ -119,6 +119,7 @@ def train(
 def ship(
     data: Data,
     stage: Annotated[str, typer.Option(help="Whose checkpoint: settle, or one before it.")] = "settle",
+    state: Annotated[str, typer.Option(help="A word for the card on how far training is.")] = "training goes on",
     out: Annotated[Path, typer.Option(help="Folder of the package data.")] = ASSETS,
     threads: Threads = 1,
 ) -> None:
@@ -146,6 +147,7 @@ def ship(
         "sources": SOURCES,
         "licences_of_coco_photos": LICENCES,
         "checkpoint": stage,
+        "state": state,
         "stages": steps,
         "seed": SEED,
         "validation": "pictures of train kept from training; exact answers by greedy decoding, per cent",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from mllm.build import PROJECTOR_FILE
+from mllm.fetched import SMOL_PARTS
 from studies.smol.features import Features
 from studies.smol.plan import ALPHA, RANK
 
@@ -36,6 +37,7 @@ def write_trained(
             if part == "adapter":
                 module, _, factor = rest.rpartition(".")
                 own[f"base_model.model.model.language_model.{module}.lora_{factor}.default.weight"].copy_(tensor)
+    adapted.peft_config["default"].base_model_name_or_path = SMOL_PARTS
     adapted.to(torch.bfloat16).save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)
     projector = {name.removeprefix("projector."): t for name, t in learned.items() if name.startswith("projector.")}
