@@ -33,7 +33,7 @@ from studies.smol.data import (
 )
 from studies.smol.features import Features, keep_features, pictures
 from studies.smol.plan import LICENCES, SEED, SOURCES, STAGES, WORK
-from studies.smol.shipping import write_trained
+from studies.smol.shipping import read_trained, write_trained
 from studies.smol.speech import answers, prompts
 from studies.smol.training import Learner, check, log, put, train_stage
 from studies.smol.validation import validate
@@ -91,6 +91,9 @@ def train(
     data: Data,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many, with everything kept.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Of the instruct stage; default: the plan's.")] = None,
+    shipped: Annotated[
+        bool, typer.Option("--from-shipped", help="Begin `instruct` at what ships, for a machine without checkpoints.")
+    ] = False,
     until: Annotated[str, typer.Option(help="The last stage to run: align, instruct or settle.")] = "settle",
     threads: Threads = 1,
 ) -> None:
@@ -100,14 +103,19 @@ def train(
     ready = prepare(data)
     learner, trained_on = ready.learner, ready.trained_on
     checked = few_of_each(ready.branches) + ready.held_out_speech
-    start = WORK / "words.pt"
-    if not start.exists():
+    start, stages = WORK / "words.pt", dict(STAGES)
+    if shipped:
+        learner.add_adapter()
+        put(learner.trained(), read_trained(ASSETS, learner.features))
+        del stages["align"]
+    elif not start.exists():
         log(WORK, stage="words", loss=start_projector(learner, trained_on, ready.processor.tokenizer))
         torch.save({name: tensor.detach() for name, tensor in learner.trained().items()}, start)
-    put(learner.trained(), torch.load(start, weights_only=True))
+    if not shipped:
+        put(learner.trained(), torch.load(start, weights_only=True))
 
     stop, after = math.inf if minutes is None else time.time() + 60 * minutes, 0
-    for name, stage in STAGES.items():
+    for name, stage in stages.items():
         if name == "instruct" and epochs is not None:
             stage = replace(stage, epochs=epochs)
         after, finished = train_stage(learner, name, stage, trained_on, checked, WORK, after=after, until=stop)
@@ -119,6 +127,7 @@ def train(
 def ship(
     data: Data,
     stage: Annotated[str, typer.Option(help="Whose checkpoint: settle, or one before it.")] = "settle",
+    state: Annotated[str, typer.Option(help="A word for the card on how far training is.")] = "training goes on",
     out: Annotated[Path, typer.Option(help="Folder of the package data.")] = ASSETS,
     threads: Threads = 1,
 ) -> None:
@@ -146,6 +155,7 @@ def ship(
         "sources": SOURCES,
         "licences_of_coco_photos": LICENCES,
         "checkpoint": stage,
+        "state": state,
         "stages": steps,
         "seed": SEED,
         "validation": "pictures of train kept from training; exact answers by greedy decoding, per cent",

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from mllm.build import PROJECTOR_FILE
+from mllm.fetched import SMOL_PARTS
 from studies.smol.features import Features
 from studies.smol.plan import ALPHA, RANK
 
@@ -36,9 +37,22 @@ def write_trained(
             if part == "adapter":
                 module, _, factor = rest.rpartition(".")
                 own[f"base_model.model.model.language_model.{module}.lora_{factor}.default.weight"].copy_(tensor)
-    adapted.to(torch.bfloat16).save_pretrained(out)
+    adapted.peft_config["default"].base_model_name_or_path = SMOL_PARTS
+    adapted.to(torch.bfloat16).save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
     projector = {name.removeprefix("projector."): t for name, t in learned.items() if name.startswith("projector.")}
     folded = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in fold(projector, features).items()}
     save_file(folded, out / PROJECTOR_FILE)
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def read_trained(folder: Path, features: Features) -> dict[str, Tensor]:
+    """What `write_trained` wrote, by the names training has for it, in float32."""
+    projector = {name: tensor.float() for name, tensor in load_file(folder / PROJECTOR_FILE).items()}
+    projector["linear_1.bias"] = projector["linear_1.bias"] + projector["linear_1.weight"] @ features.mean
+    projector["linear_1.weight"] = projector["linear_1.weight"] * features.std
+    learned = {f"projector.{name}": tensor for name, tensor in projector.items()}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        module = name.partition("language_model.")[2].removesuffix(".weight")  # layers.0.mlp.up_proj.lora_A
+        learned[f"adapter.{module.replace('.lora_', '.')}"] = tensor.float()
+    return learned

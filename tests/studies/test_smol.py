@@ -13,7 +13,7 @@ from mllm.data.template import IGNORED
 from studies.smol import words
 from studies.smol.data import Encoder, batches, collate, pack, real_branches, take
 from studies.smol.plan import ALPHA, RANK, Stage
-from studies.smol.shipping import write_trained
+from studies.smol.shipping import read_trained, write_trained
 from studies.smol.training import Learner, LowRankLinear, train_stage
 from studies.smol.validation import blind
 from tests.tiny import tiny_image, tiny_llava
@@ -174,6 +174,9 @@ def test_what_is_shipped_is_what_was_trained(tiny, tmp_path):
     base, _ = tiny_llava()
     learned = {name: tensor.detach() for name, tensor in learner.trained().items()}
     write_trained(base, learned, features, tmp_path / "out", {"steps": 4})
+    again = read_trained(tmp_path / "out", features)
+    assert again.keys() == learned.keys()
+    torch.testing.assert_close(again, learned, rtol=0.02, atol=0.02)
     shipped = Learner(merge_trained(tiny_llava()[0], tmp_path / "out"), features, learner.pad)
     features.found = plain
     with torch.no_grad():
