@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from mllm.bases.fetched import SMOL_PARTS
 from mllm.build import PROJECTOR_FILE
-from mllm.fetched import SMOL_PARTS
 from studies.smol.features import Features
 from studies.smol.plan import ALPHA, RANK
 

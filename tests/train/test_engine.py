@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -189,8 +190,8 @@ def be_rank_on_a_full_disk(rank: int, *arguments) -> None:
     torch.save, train.trainer.write_adapter = full(save, 1, 1), full(write, 0, 2)
     # The fork server, and so a rank, writes where the test wrote that first needed it: what is said goes to a file.
     (output,) = [word.partition("=")[2] for word in arguments[-1] if word.startswith("run.output_dir=")]
-    sys.stderr = Path(f"{output}-{rank}.err").open("w", buffering=1)
-    be_rank(rank, *arguments)
+    with Path(f"{output}-{rank}.err").open("w", buffering=1) as said, redirect_stderr(said):
+        be_rank(rank, *arguments)
 
 
 def test_a_checkpoint_that_one_rank_cannot_write_is_told_and_the_run_lives_on(folder, zero_2):
